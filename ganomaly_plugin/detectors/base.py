@@ -1,0 +1,169 @@
+"""The shell around every detector of this package: checks, names, saving. A method fills in four small functions."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ganomaly_plugin import __version__
+from ganomaly_plugin.core import OnEpoch
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.images import check_images
+
+FORMAT = 1
+
+
+class BaseDetector(ABC):
+    """Base class of detectors; see `ganomaly_plugin.core.Detector` for the interface.
+
+    A subclass stores its hyperparameters in `__init__` and implements `_fit`, `_score`, `_state` and `_load_state`.
+    Learned attributes end in `_`.
+    """
+
+    #: Whether `fit` trains in epochs; without them `epochs` is ignored and left out of the job.
+    has_epochs: ClassVar[bool] = False
+    #: Whether `anomaly_map` works.
+    has_anomaly_map: ClassVar[bool] = False
+
+    name: str = ""  # the registry's name, set by make_detector
+    image_shape_: tuple[int, int, int]
+
+    def fit(
+        self,
+        images: Any,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        device: str = "auto",
+        on_epoch: OnEpoch | None = None,
+    ) -> BaseDetector:
+        """Learn from normal images.
+
+        Args:
+            images: `(n, c, h, w)`, uint8 or float in [-1, 1]; not modified.
+            seed: Determines every random choice; the same seed gives the same detector on the same CPU.
+            epochs: Passes over the images; None takes the method's default.
+            device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
+            on_epoch: Called as `on_epoch(epoch, self)` after each epoch; the detector can score then.
+
+        Returns:
+            The detector itself.
+
+        Raises:
+            InvalidInput: The images or an argument are not usable.
+            Diverged: A training loss is not finite.
+        """
+        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+            raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
+        checked = check_images(images)
+        self.image_shape_ = tuple(checked.shape[1:])
+        self._fit(checked, seed=int(seed), epochs=epochs, device=resolve_device(device), on_epoch=on_epoch)
+        return self
+
+    def score(self, images: Any) -> np.ndarray:
+        """Anomaly scores of `(n, c, h, w)` images: float64 `(n,)`, higher is more anomalous.
+
+        Raises:
+            NotFitted: Called before `fit`.
+            InvalidInput: The images are not usable, or not of the shape that the detector was fitted on.
+        """
+        return np.asarray(self._score(self._check(images)), dtype=np.float64)
+
+    def anomaly_map(self, images: Any) -> np.ndarray:
+        """Anomaly of each pixel, float32 `(n, h, w)`; higher is more anomalous.
+
+        Raises:
+            NotFitted: Called before `fit`.
+            InvalidInput: The method has no map, or the images are not usable.
+        """
+        return np.asarray(self._anomaly_map(self._check(images)), dtype=np.float32)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted detector to one file of tensors and plain values (no pickled code); see `load_detector`."""
+        if not hasattr(self, "image_shape_"):
+            raise NotFitted(f"{self.name or type(self).__name__} is not fitted; call fit(images) first.")
+        content = {
+            "ganomaly_plugin": FORMAT,
+            "version": __version__,
+            "name": self.name,
+            "hparams": self.hparams,
+            "image_shape": list(self.image_shape_),
+            "state": self._state(),
+        }
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(content, partial)
+            partial.replace(target)
+        except (OSError, RuntimeError) as error:
+            raise InvalidInput(f"Cannot write the detector to {target}: {error}. Choose a folder that exists.") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    @abstractmethod
+    def hparams(self) -> dict[str, Any]:
+        """The hyperparameters, as plain values that `make_detector(name, **hparams)` takes."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts of the fitted detector for its record, such as its number of parameters."""
+        return {}
+
+    @abstractmethod
+    def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
+        """Learn from checked images."""
+
+    @abstractmethod
+    def _score(self, images: Tensor) -> Tensor | np.ndarray:
+        """Scores `(n,)` of checked images."""
+
+    def _anomaly_map(self, images: Tensor) -> Tensor | np.ndarray:
+        raise InvalidInput(f"{self.name or type(self).__name__} has no anomaly map: it does not reconstruct its input.")
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """What was learned, as tensors and plain values."""
+
+    @abstractmethod
+    def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """The inverse of `_state`."""
+
+    def _check(self, images: Any) -> Tensor:
+        if not hasattr(self, "image_shape_"):
+            raise NotFitted(f"{self.name or type(self).__name__} is not fitted; call fit(images) first.")
+        return check_images(images, chw=self.image_shape_)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that `device` names; "auto" is CUDA when there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInput(f"Unknown device {device!r}. Allowed: auto, cpu, cuda, cuda:N.") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"Device {device!r} is not here: {torch.cuda.device_count()} CUDA devices. Use auto or cpu.")
+    return resolved
+
+
+def read_detector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a file that `save` wrote, read without unpickling code."""
+    source = Path(path)
+    if not source.is_file():
+        raise InvalidInput(f"No detector file at {source}. Give the path that save(path) wrote.")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged archive
+        raise CorruptFile(f"{source} is not a readable detector file ({type(error).__name__}). Save it again.") from error
+    if not isinstance(content, dict) or content.get("ganomaly_plugin") != FORMAT:
+        raise CorruptFile(f"{source} was not written by save() of this package (format {FORMAT}).")
+    return content

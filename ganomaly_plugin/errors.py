@@ -1,0 +1,43 @@
+"""The errors a user sees: one line that says what is wrong, what is allowed, what came and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BenchError(Exception):
+    """Base of every error this package raises on purpose; its text is one readable line."""
+
+
+class InvalidInput(BenchError, ValueError):
+    """An argument, image array, name or option is not usable."""
+
+
+class NotFitted(BenchError, RuntimeError):
+    """`score`, `anomaly_map` or `save` was called before `fit`."""
+
+
+class Diverged(BenchError, ArithmeticError):
+    """Training produced a loss that is not finite; names the loss and the step."""
+
+
+class CorruptFile(BenchError, ValueError):
+    """A file that this package wrote, or was told to read, is truncated or not of its format."""
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as one line: its type where the text alone would not say what happened."""
+    text = " ".join(str(error).split())
+    if isinstance(error, BenchError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def unknown(kind: str, name: str, known: Iterable[str], *, todo: str = "") -> InvalidInput:
+    """The error for a name that is not among `known`, with the nearest known name first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    rest = f" {todo}" if todo else ""
+    return InvalidInput(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.{rest}")

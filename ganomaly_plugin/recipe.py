@@ -1,0 +1,133 @@
+"""A recipe is the maths of ONE model: networks, losses, score. It holds no device, loop, optimiser step or seed.
+
+Trainers turn a recipe into a detector, so a method is written once and trained by any of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ganomaly_plugin.errors import InvalidInput
+
+Networks: TypeAlias = Mapping[str, nn.Module]
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a phase may read: the batch, the step's random numbers, and what earlier phases of the step computed."""
+
+    images: Tensor  # (b, c, h, w) in the recipe's input range
+    draws: Tensors
+    earlier: Tensors
+
+
+PhaseLoss: TypeAlias = Callable[[Networks, StepInput], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """The update rule of a phase; `kind` names the torch optimiser."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    kind: Literal["adam", "rmsprop"] = "adam"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update within a step: which networks move, and the loss they move down.
+
+    `loss(networks, step)` is pure and returns the scalar to minimise and a dict of what later phases and the
+    training log need; its scalars are logged by name. A later phase may differentiate an earlier phase's tensors
+    with respect to its own networks: weights it reads there are still those from before the step.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    loss: PhaseLoss
+    optimiser: Optimiser
+    every: int = 1  # run at each `every`-th step
+    redraw_below: float | None = None  # draw the trained networks anew when the loss falls under this
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Phases that run in order at each step, for the whole epoch budget. Most methods have one stage."""
+
+    name: str
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """Base of all recipes: a frozen dataclass whose fields are the method's hyperparameters.
+
+    Args:
+        batch_size: Images in a training step. The last short batch of an epoch is dropped; with fewer images
+            than one batch, all of them form it.
+        batchnorm: Statistics that BatchNorm uses when scoring: "running" (each image on its own) or "batch"
+            (those of the images scored together, as the GANomaly authors' code does; a score then depends on
+            which images share its batch of `batch_size`).
+        input_range: What the darkest and the brightest pixel become before the networks see them.
+    """
+
+    batch_size: int = 64
+    batchnorm: Literal["running", "batch"] = "running"
+    input_range: tuple[float, float] = (-1.0, 1.0)
+
+    default_epochs: ClassVar[int] = 15
+    ema_decay: ClassVar[float | None] = None  # score with an exponential moving average of the weights
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InvalidInput(f"batch_size must be at least 1, got {self.batch_size}.")
+        low, high = self.input_range
+        if not low < high:
+            raise InvalidInput(f"input_range must be (low, high) with low < high, got {self.input_range}.")
+
+    @abstractmethod
+    def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
+        """Fresh networks by name for images of `(c, h, w)`, initialised from torch's global random state."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained, in order."""
+
+    @abstractmethod
+    def score(self, networks: Networks, images: Tensor) -> Tensor:
+        """Anomaly score `(n,)` of each image `(n, c, h, w)`; higher is more anomalous."""
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Every random number of one step on `n` images, drawn on the CPU from `generator`."""
+        return {}
+
+    def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
+        """Anomaly of each pixel, `(n, h, w)`; higher is more anomalous. Only methods that reconstruct have one."""
+        raise InvalidInput(f"{type(self).__name__} has no anomaly map: it does not reconstruct its input.")
+
+    def redraw(self, network: nn.Module) -> None:
+        """Draw a collapsed network anew, in place, from torch's global random state."""
+        raise InvalidInput(f"{type(self).__name__} does not say how to draw a network anew.")
+
+
+def at_least(**limits: tuple[float, float]) -> None:
+    """Check hyperparameters given as `name=(value, smallest allowed)`; raises InvalidInput for the first that fails."""
+    for name, (value, smallest) in limits.items():
+        if not value >= smallest:
+            raise InvalidInput(f"{name} must be at least {smallest}, got {value}.")
+
+
+def check_adam(lr: float, betas: tuple[float, float]) -> None:
+    """Raise InvalidInput unless `lr` is positive and both betas lie in [0, 1)."""
+    if not lr > 0:
+        raise InvalidInput(f"lr must be positive, got {lr}.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise InvalidInput(f"betas must lie in [0, 1), got {betas}.")

@@ -1,0 +1,145 @@
+"""Names → detectors and data sets, resolved lazily; other packages add theirs through entry points.
+
+Adding a built-in is one line in `DETECTORS` or `DATASETS`. Another package declares the entry point groups
+`ganomaly_plugin.detectors` or `ganomaly_plugin.datasets`; two packages that claim one name are an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
+
+if TYPE_CHECKING:
+    from ganomaly_plugin.detectors.base import BaseDetector
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name: where its object lives (`module:attribute`) and what it is, in a line."""
+
+    name: str
+    target: str
+    summary: str
+    source: str = "ganomaly-plugin"
+
+
+def _builtin(name: str, target: str, summary: str) -> Entry:
+    return Entry(name, f"ganomaly_plugin.{target}", summary)
+
+
+DETECTORS = (
+    _builtin("ganomaly", "detectors.ganomaly:GanomalyRecipe", "GANomaly (ACCV 2018), as its authors' code"),
+    _builtin("ae", "detectors.ae:AutoencoderRecipe", "convolutional autoencoder, L1 or MSE"),
+    _builtin("mean_intensity", "detectors.mean_intensity:MeanIntensity", "the floor: distance of the mean brightness"),
+)
+
+DATASETS = (_builtin("digits", "datasets.digits:load", "scikit-learn's 1,797 handwritten digits; no download"),)
+
+_GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
+
+
+def entries(kind: str) -> dict[str, Entry]:
+    """All registered entries of `kind` ("detector" or "data set") by name, those of other packages included.
+
+    Raises:
+        InvalidInput: Two packages claim one name.
+    """
+    from importlib.metadata import entry_points
+
+    group, builtins = _GROUPS[kind]
+    found = {entry.name: entry for entry in builtins}
+    for point in entry_points(group=group):
+        source = point.dist.name if point.dist else "an unnamed package"
+        known = found.get(point.name)
+        if known is not None and (known.target, known.source) != (point.value, source):
+            raise InvalidInput(
+                f"The {kind} name {point.name!r} is claimed twice: by {known.source} ({known.target}) and by {source} "
+                f"({point.value}). Uninstall one of them, or have its author choose another name."
+            )
+        found[point.name] = Entry(point.name, point.value, f"from {source}", source)
+    return found
+
+
+def list_detectors(pattern: str = "*") -> list[str]:
+    """Names of the registered detectors that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(entries("detector"), pattern))
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object registered as `name`, or named by a class path `module:attribute`.
+
+    Raises:
+        InvalidInput: The name is unknown, or its module cannot be imported.
+    """
+    known = entries(kind)
+    target = known[name].target if name in known else name
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise unknown(kind, name, known, todo="Or give a class path, package.module:Class.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
+
+
+def make_detector(name: str, **hparams: Any) -> BaseDetector:
+    """A fresh detector.
+
+    Args:
+        name: A registered name (`list_detectors()`) or a class path `package.module:Class`.
+        **hparams: The method's hyperparameters; those left out take the published defaults.
+
+    Raises:
+        InvalidInput: The name or a hyperparameter is unknown, or a value is not allowed.
+    """
+    from ganomaly_plugin.hparams import checked_hparams
+    from ganomaly_plugin.recipe import Recipe
+
+    cls = resolve("detector", name)
+    arguments = checked_hparams(name, cls, hparams)
+    if isinstance(cls, type) and issubclass(cls, Recipe):
+        from ganomaly_plugin.training.detector import RecipeDetector
+
+        detector: BaseDetector = RecipeDetector(cls(**arguments))
+    else:
+        detector = cls(**arguments)
+    detector.name = name
+    return detector
+
+
+def load_detector(path: str | os.PathLike[str], *, device: str = "auto", name: str | None = None) -> BaseDetector:
+    """The fitted detector that `save` wrote to `path`. The file is read without unpickling code.
+
+    Args:
+        path: The file.
+        device: Where the detector scores: "auto", "cpu", "cuda" or "cuda:N".
+        name: Needed only for a detector that is not registered: the class path you trust this file to use.
+
+    Raises:
+        InvalidInput: No such file, or the detector is not registered and `name` was not given.
+        CorruptFile: The file is damaged or of another format.
+    """
+    from ganomaly_plugin.detectors.base import read_detector_file, resolve_device
+    from ganomaly_plugin.errors import CorruptFile
+
+    content = read_detector_file(path)
+    saved = content.get("name")
+    if name is None and saved not in entries("detector"):
+        raise InvalidInput(
+            f"{path} holds a detector {saved!r} that is not registered. If you trust it, pass its class path as name=."
+        )
+    try:
+        detector = make_detector(name or str(saved), **content["hparams"])
+        c, h, w = content["image_shape"]
+        detector.image_shape_ = (int(c), int(h), int(w))
+        detector._load_state(content["state"], resolve_device(device))
+    except BenchError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} is not a complete detector file: {one_line(error)}. Save it again.") from error
+    return detector

@@ -1,0 +1,160 @@
+"""The plain trainer: one model, one loop, eager. Every other trainer is held to what this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ganomaly_plugin.errors import Diverged
+from ganomaly_plugin.images import to_float
+from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput
+
+
+def build_networks(recipe: Recipe, chw: tuple[int, int, int], seed: int) -> dict[str, nn.Module]:
+    """The recipe's networks with initial weights that depend on `seed` alone, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return recipe.build(chw)
+
+
+def make_optimiser(options: Optimiser, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The torch optimiser that `options` describe; Adam runs fused."""
+    if options.kind == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=options.lr)
+    return torch.optim.Adam(parameters, lr=options.lr, betas=options.betas, fused=True)
+
+
+class PlainTrainer:
+    """Holds one model in training and advances it a step at a time.
+
+    Args:
+        recipe: What to train.
+        networks: The recipe's networks; moved to `device` and trained in place.
+        seed: Determines the steps' random draws and re-drawn networks.
+        device: Where the steps run.
+    """
+
+    def __init__(self, recipe: Recipe, networks: Networks, *, seed: int, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.networks = {name: net.to(device, memory_format=torch.channels_last) for name, net in networks.items()}
+        self.rng = torch.Generator().manual_seed(seed)
+        self.steps = 0
+        self._average: AveragedModel | None = None
+        if recipe.ema_decay is not None:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self._average = AveragedModel(nn.ModuleDict(self.networks), multi_avg_fn=average, use_buffers=True)
+        self.begin(recipe.stages[0])
+
+    def begin(self, stage: Stage) -> None:
+        """Start `stage` with fresh optimisers."""
+        self._phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
+        for phase in stage.phases:
+            parameters = [p for name in phase.trains for p in self.networks[name].parameters()]
+            self._phases.append((phase, parameters, make_optimiser(phase.optimiser, parameters)))
+        self._stage_steps = 0
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One training step on a batch `(b, c, h, w)`, uint8 or in [-1, 1]; returns its losses as they stood in it."""
+        x = to_float(images.to(self.device, non_blocking=True), self.recipe.input_range)
+        x = x.contiguous(memory_format=torch.channels_last)
+        draws = {name: value.to(self.device) for name, value in self.recipe.draw(len(x), self.rng).items()}
+        self._train_mode()
+        self._stage_steps += 1
+        self.steps += 1
+        earlier: dict[str, Tensor] = {}
+        due = [entry for entry in self._phases if self._stage_steps % entry[0].every == 0]
+        for phase, parameters, optimiser in due:
+            loss, computed = phase.loss(self.networks, StepInput(x, draws, earlier))
+            more = phase is not due[-1][0]
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+            earlier.update(computed)
+            if phase.redraw_below is not None and loss.item() < phase.redraw_below:
+                self._redraw(phase)
+        if self._average is not None:
+            self._average.update_parameters(nn.ModuleDict(self.networks))
+        return {name: value.detach() for name, value in earlier.items() if value.ndim == 0}
+
+    def scoring_networks(self) -> Networks:
+        """The networks to score with: the averaged ones when the recipe averages, else those in training."""
+        if self._average is None:
+            return self.networks
+        return dict(self._average.module.items())
+
+    def _train_mode(self) -> None:
+        trained = {name for phase, _, _ in self._phases for name in phase.trains}
+        for name, network in self.networks.items():
+            network.train(name in trained)
+
+    def _redraw(self, phase: Phase) -> None:
+        seed = int(torch.randint(2**62, (1,), generator=self.rng))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in phase.trains:  # on the CPU, so that every device draws the same weights
+                network = self.networks[name].cpu()
+                self.recipe.redraw(network)
+                network.to(self.device, memory_format=torch.channels_last)
+
+
+def epoch_batches(n: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors of one epoch: a fresh order, the last short batch dropped (kept when it is the only one)."""
+    order = torch.randperm(n, generator=rng)
+    size = min(batch_size, n)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]
+
+
+def train(
+    recipe: Recipe,
+    images: Tensor,
+    *,
+    seed: int,
+    epochs: int,
+    device: torch.device,
+    after_epoch: Callable[[int, PlainTrainer, dict[str, float]], None],
+) -> PlainTrainer:
+    """Train `recipe` on checked images `(n, c, h, w)` and return the trainer.
+
+    Calls `after_epoch(epoch, trainer, mean losses)` after each epoch, counted from 1 through all stages.
+    """
+    trainer = PlainTrainer(recipe, build_networks(recipe, tuple(images.shape[1:]), seed), seed=seed, device=device)
+    order = torch.Generator().manual_seed(seed + 1)
+    data = resident(images, device)
+    epoch = 0
+    for stage in recipe.stages:
+        trainer.begin(stage)
+        for _ in range(epochs):
+            epoch += 1
+            losses = [trainer.step(data[index.to(data.device)]) for index in epoch_batches(len(data), recipe.batch_size, order)]
+            after_epoch(epoch, trainer, epoch_means(losses, stage, first_step=trainer.steps - len(losses) + 1))
+    return trainer
+
+
+def resident(images: Tensor, device: torch.device) -> Tensor:
+    """`images` on `device` when they take less than half of its free memory, else where they are."""
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return images.to(device)
+    return images
+
+
+def epoch_means(losses: list[dict[str, Tensor]], stage: Stage, *, first_step: int) -> dict[str, float]:
+    """Mean of each loss over an epoch's steps; raises Diverged, naming loss and step, when one is not finite."""
+    means = {}
+    for name in dict.fromkeys(name for step in losses for name in step):
+        at = [k for k, step in enumerate(losses) if name in step]
+        values = torch.stack([losses[k][name] for k in at]).double().cpu()
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            k = int(bad[0])
+            raise Diverged(
+                f"Training diverged: loss {name!r} of stage {stage.name!r} is {values[k].item()} at step "
+                f"{first_step + at[k]}. Lower lr, or check the images."
+            )
+        means[name] = float(values.mean())
+    return means
