@@ -7,6 +7,7 @@ Adding a built-in is one line in `DETECTORS` or `DATASETS`. Another package decl
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -73,18 +74,24 @@ def list_detectors(pattern: str = "*") -> list[str]:
 def resolve(kind: str, name: str) -> Any:
     """The object registered as `name`, or named by a class path `module:attribute`.
 
+    A registered name that ends in a colon is a family: `folder:PATH` resolves to the object of `folder:` with PATH
+    as its first argument.
+
     Raises:
         InvalidInput: The name is unknown, or its module cannot be imported.
     """
     known = entries(kind)
-    target = known[name].target if name in known else name
+    family, colon, argument = name.partition(":")
+    in_family = name not in known and family + colon in known
+    target = known[family + colon if in_family else name].target if in_family or name in known else name
     module, _, attribute = target.partition(":")
     if not attribute:
         raise unknown(kind, name, known, todo="Or give a class path, package.module:Class.")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
+    return functools.partial(found, argument) if in_family else found
 
 
 def make_detector(name: str, **hparams: Any) -> BaseDetector:

@@ -1,0 +1,117 @@
+"""What a loader returns, and the one way to call it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.registry import resolve
+
+ROOT_VARIABLE = "GANOMALY_DATA_ROOT"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled images in memory or in a memory map.
+
+    Attributes:
+        name: As the user wrote it.
+        images: `(n, c, h, w)`, uint8.
+        labels: `(n,)`, whole numbers that index `classes`.
+        classes: Class names.
+        is_test: `(n,)` bool, the official test split; None when the data set has none.
+        anomaly_classes: The classes that may be the anomalous one; None: any. A data set of good and defective
+            images names its defects here.
+        masks: `(n, h, w)` bool, the anomalous pixels, where the data set has them.
+        source: Provenance for the record: files, checksums, skipped images, licence.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    is_test: np.ndarray | None = None
+    anomaly_classes: tuple[str, ...] | None = None
+    masks: np.ndarray | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 over pixels, labels, classes and the official split."""
+        content = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
+        content.update(np.ascontiguousarray(self.labels, dtype=np.int64))
+        if self.is_test is not None:
+            content.update(np.ascontiguousarray(self.is_test, dtype=np.uint8))
+        for start in range(0, len(self.images), 4096):  # a memory map is read a piece at a time
+            content.update(np.ascontiguousarray(self.images[start : start + 4096]))
+        return content.hexdigest()
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder data sets are read from: `root`, else $GANOMALY_DATA_ROOT, else ./datasets."""
+    return Path(root or os.environ.get(ROOT_VARIABLE) or "datasets")
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """The options of the data set's loader and their defaults; `image_size` is one of them."""
+    parameters = inspect.signature(resolve("data set", name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "root"}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with the loader's defaults filled in.
+
+    Raises:
+        InvalidInput: An option is unknown, or of another type than its default.
+    """
+    known = default_options(name)
+    for key, value in options.items():
+        if key not in known:
+            raise unknown(f"option of data set {name}", key, known)
+        want = type(known[key])
+        if known[key] is not None and not (isinstance(value, want) and isinstance(value, bool) == (want is bool)):
+            raise InvalidInput(f"Option {key} of data set {name} must be {want.__name__}, got {value!r}.")
+    return {**known, **options}
+
+
+@functools.lru_cache(maxsize=4)
+def _load_cached(name: str, root: Path, options: tuple[tuple[str, Any], ...]) -> ImageDataset:
+    return resolve("data set", name)(root=root, **dict(options))
+
+
+def load_dataset(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> ImageDataset:
+    """The data set `name`, its images resized to `image_size`; the last few are kept in memory.
+
+    Args:
+        name: A registered name, or a family and its argument such as `folder:PATH`.
+        root: Folder of the data sets; see `data_root`.
+        **options: The loader's options, `image_size` among them.
+
+    Raises:
+        InvalidInput: The name or an option is unknown, or the files are not there: says where to put which.
+    """
+    resolved = check_options(name, options)
+    return _load_cached(name, data_root(root), tuple(sorted(resolved.items())))
+
+
+def resize(images: np.ndarray, size: int, chunk: int = 2048) -> np.ndarray:
+    """uint8 images `(n, c, h, w)` resized to `(n, c, size, size)`: bilinear, antialiased when they shrink."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = np.empty((*images.shape[:2], size, size), dtype=np.uint8)
+    for start in range(0, len(images), chunk):
+        part = torch.from_numpy(images[start : start + chunk]).float()
+        part = interpolate(part, size=(size, size), mode="bilinear", align_corners=False, antialias=size < max(part.shape[-2:]))
+        resized[start : start + chunk] = part.round_().clamp_(0, 255).to(torch.uint8).numpy()
+    return resized
