@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,10 @@ class Recipe(ABC):
 
     default_epochs: ClassVar[int] = 15
     ema_decay: ClassVar[float | None] = None  # score with an exponential moving average of the weights
+    #: As in `BaseDetector`: conformance checks that do not apply, and cheap settings for the others.
+    conformance_exemptions: ClassVar[dict[str, str]] = {}
+    conformance_hparams: ClassVar[dict[str, Any]] = {}
+    conformance_epochs: ClassVar[int] = 15
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -30,6 +30,11 @@ class BaseDetector(ABC):
     has_epochs: ClassVar[bool] = False
     #: Whether `anomaly_map` works.
     has_anomaly_map: ClassVar[bool] = False
+    #: Conformance checks that do not apply to the method, by name, each with its reason.
+    conformance_exemptions: ClassVar[dict[str, str]] = {}
+    #: Hyperparameters and epochs that make the conformance suite cheap; what its user sets comes first.
+    conformance_hparams: ClassVar[dict[str, Any]] = {}
+    conformance_epochs: ClassVar[int] = 1
 
     name: str = ""  # the registry's name, set by make_detector
     image_shape_: tuple[int, int, int]
