@@ -71,6 +71,7 @@ class Job:
     category: str  # the class that is anomalous, or normal: the protocol says which
     seed: int
     epochs: int | None  # None: the detector has no epochs
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # train_fraction, contamination; only when they are set
     label: str = field(default="", compare=False)  # how tables call the detector; not part of the key
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.networks import check_square
 
 Networks: TypeAlias = Mapping[str, nn.Module]
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -95,6 +96,10 @@ class Recipe(ABC):
         low, high = self.input_range
         if not low < high:
             raise InvalidInput(f"input_range must be (low, high) with low < high, got {self.input_range}.")
+
+    def check_shape(self, chw: tuple[int, int, int]) -> None:
+        """Raise InvalidInput when the networks cannot be built for images of `(c, h, w)`."""
+        check_square(chw)
 
     @abstractmethod
     def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:

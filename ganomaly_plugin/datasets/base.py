@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.registry import resolve
@@ -109,6 +107,9 @@ def resize(images: np.ndarray, size: int, chunk: int = 2048) -> np.ndarray:
     """uint8 images `(n, c, h, w)` resized to `(n, c, size, size)`: bilinear, antialiased when they shrink."""
     if images.shape[-2:] == (size, size):
         return images
+    import torch  # here, for `bench ls` reads the protocols and must not wait for torch
+    from torch.nn.functional import interpolate
+
     resized = np.empty((*images.shape[:2], size, size), dtype=np.uint8)
     for start in range(0, len(images), chunk):
         part = torch.from_numpy(images[start : start + chunk]).float()

@@ -45,6 +45,10 @@ class RecipeDetector(BaseDetector):
         """The method's published budget."""
         return self.recipe.default_epochs
 
+    def check_shape(self, chw: tuple[int, int, int]) -> None:
+        """Raise InvalidInput when the recipe's networks cannot be built for images of `(c, h, w)`."""
+        self.recipe.check_shape(chw)
+
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
         self.device_ = device
         self.history_: list[dict[str, float]] = []

@@ -1,0 +1,163 @@
+"""The `bench` command: parsing only. What a command does is in `commands`; nothing here waits for torch."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ganomaly_plugin import __version__
+from ganomaly_plugin.errors import BenchError, one_line, unknown
+from ganomaly_plugin.selection import split_list
+
+EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
+
+
+_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def listed(value: Any) -> list[Any]:
+    """A list from `a,b[c=1,d=2]` or from a YAML list (also inside strings of one)."""
+    if isinstance(value, str):
+        return split_list(value)
+    if isinstance(value, (list, tuple)):
+        return [part for item in value for part in (split_list(item) if isinstance(item, str) else [item])]
+    return [value]
+
+
+def names(value: Any) -> list[str]:
+    """A list of names; YAML may write digits as numbers."""
+    return [str(item) for item in listed(value)]
+
+
+def raw(value: Any) -> Any:
+    """Any value; it is checked with the rest of the experiment."""
+    return value
+
+
+def build_parser() -> Any:
+    """The parser of all commands."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="bench",
+        description="Honest, fast benchmarks of GAN-based image anomaly detection.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ganomaly-plugin {__version__}")
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (add, text) in COMMANDS.items():
+        command = ArgumentParser(description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False)
+        add(command)
+        commands.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with any of these options; the command line wins")
+    parser.add_argument("--models", type=listed, help="detectors: ganomaly,ae,vae[latent_dim=2]; shell patterns work")
+    parser.add_argument("--datasets", type=listed, help="data sets, likewise with [options] (default: digits)")
+    parser.add_argument("--protocols", type=names, help="protocol ids (default: one-anomalous/strict-v1)")
+    parser.add_argument("--classes", type=names, help="classes that take their turn (default: all)")
+    parser.add_argument("--seeds", type=raw, help="3, 0-2 or 0,2,5-7 (default: 0)")
+    parser.add_argument("--epochs", type=int, help="training budget (default: each model's published one)")
+    parser.add_argument("--image_size", "--image-size", type=int, help="side in pixels (default: the data set's)")
+    parser.add_argument("--hparams", type=raw, help="hyperparameters for every model that has them: features=16,lr=1e-4")
+    parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")
+    parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 1)")
+    parser.add_argument("--limit", type=int, help="only the first so many jobs")
+    parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
+    parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
+    parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--retry_failed", "--retry-failed", action="store_true", help="run failed jobs again")
+
+
+def _add_tables(parser: Any) -> None:
+    parser.add_argument("results", type=str, help="results folder")
+    parser.add_argument("--metrics", type=names, default=["auroc", "auprc"], help="auroc, auprc")
+    parser.add_argument("--format", type=str, default="text", help="what to print: text, md, csv or latex")
+    parser.add_argument("--report", action="store_true", help="print classification reports at a threshold instead")
+    parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of that threshold on normal images")
+    parser.add_argument("--per_class", "--per-class", action="store_true", help="a report for each class and seed")
+
+
+def _add_ls(parser: Any) -> None:
+    parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all)")
+
+
+def _add_verify(parser: Any) -> None:
+    parser.add_argument("files", nargs="+", type=str, help="recordings (.npz)")
+    parser.add_argument("--trainer", type=str, default="plain", help="which trainer replays them")
+    parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda or cuda:N")
+
+
+def _add_speed(parser: Any) -> None:
+    parser.add_argument("--image_size", "--image-size", type=int, default=32, help="side in pixels")
+    parser.add_argument("--channels", type=int, default=1, help="1 or 3")
+    parser.add_argument("--features", type=int, default=64, help="width of the networks")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images in a step")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each kind; the median counts")
+    parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=str, default=None, help="also write the figures to this CSV file")
+
+
+#: Every command: what adds its options, and what it does.
+COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "run": (_add_run, "run a sweep of models × data sets × classes × seeds and write its tables"),
+    "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
+    "ls": (_add_ls, "list detectors, data sets and protocols"),
+    "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
+    "speed": (_add_speed, "time a training step against the same step in the authors' form"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return its exit code: 0 done, 1 something failed, 2 usage, 130 interrupted."""
+    from jsonargparse import ArgumentError
+
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = build_parser().parse_args(words)
+        from ganomaly_plugin import commands
+
+        return int(getattr(commands, arguments.command)(arguments[arguments.command]))
+    except ArgumentError as error:
+        return _usage(_readable(error, words))
+    except BenchError as error:
+        return _usage(one_line(error))
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout, such as head, has gone
+        sys.stdout = None  # type: ignore[assignment]
+        return EXIT_OK
+
+
+def _usage(text: str) -> int:
+    print(f"bench: error: {text}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _readable(error: Exception, words: Sequence[str]) -> str:
+    """A parser error as one line, with the nearest option where a name is unknown."""
+    from jsonargparse import ArgumentParser
+
+    text = " ".join(str(error).split())
+    command = next((word for word in words if word in COMMANDS), None)
+    match = re.search(r"Option '([\w.-]+)' is not accepted|Unrecognized arguments: -{1,2}([\w-]+)", text)
+    if match and command:
+        name = (match[1] or match[2]).split(".")[-1].replace("-", "_")
+        fresh = ArgumentParser(exit_on_error=False)
+        COMMANDS[command][0](fresh)
+        known = [action.dest for action in fresh._actions if action.dest not in ("help", "print_config")]
+        return one_line(unknown(f"option of bench {command}", name, known))
+    wrong = re.search(r'Parser key "([\w.]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', text)
+    if wrong:
+        return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}."
+    missing = re.search(r"File does not exist: '([^']+)'", text)
+    if missing:
+        return f"No config file at {missing[1]}. Give the path of a YAML file."
+    return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."

@@ -1,0 +1,172 @@
+"""What each `bench` command does. Heavy modules are imported inside the command that needs them."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selection
+
+DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous/strict-v1"], "seeds": [0], "device": "auto"}
+#: What `bench run` does unless --config or --datasets says otherwise: an honest table in about a minute on two cores.
+QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "hparams": {"features": 16}, "out": "results/quickstart"}
+
+
+def ls(options: Any) -> int:
+    """Print the registered detectors, data sets and protocols whose names match a pattern."""
+    from ganomaly_plugin.datasets.splits import PROTOCOLS
+    from ganomaly_plugin.registry import entries
+
+    pattern = options.pattern or "*"
+    found = False
+    for title, kind in (("detectors", "detector"), ("data sets", "data set")):
+        chosen = {n: e.summary for n, e in sorted(entries(kind).items()) if fnmatch.fnmatchcase(n, pattern)}
+        found |= _print_section(title, chosen)
+    protocols = {name: p.summary for name, p in PROTOCOLS.items() if fnmatch.fnmatchcase(name, pattern)}
+    found |= _print_section("protocols", protocols)
+    if not found:
+        raise InvalidInput(f"Nothing is called {pattern!r}. Run bench ls without a pattern to see all names.")
+    return 0
+
+
+def _print_section(title: str, lines: dict[str, str]) -> bool:
+    if lines:
+        print(f"{title}:")
+        width = max(map(len, lines))
+        for name, summary in lines.items():
+            print(f"  {name.ljust(width)}  {summary}")
+    return bool(lines)
+
+
+def experiment_from(options: Any) -> Any:
+    """The `Experiment` of `bench run`'s options: the quickstart unless --config or --datasets is given."""
+    from ganomaly_plugin.config import Experiment
+
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    configs = given.pop("config", None)
+    for flag in ("dry_run", "retry_failed"):
+        given.pop(flag, None)
+    quickstart = not configs and "datasets" not in given
+    merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
+    if not merged.get("models"):
+        raise InvalidInput("No models given. Write --models ganomaly,ae, or set models: in a config; bench ls shows names.")
+    if "out" not in merged:
+        merged["out"] = f"results/{Path(str(configs[-1])).stem}" if configs else "results/run"
+    hparams = merged.get("hparams", {})
+    merged["hparams"] = parse_options(hparams) if isinstance(hparams, str) else _mapping(hparams)
+    merged["models"] = [parse_selection(item, "model") for item in merged["models"]]
+    merged["datasets"] = [parse_selection(item, "data set") for item in merged["datasets"]]
+    merged["seeds"] = parse_seeds(merged["seeds"])
+    return Experiment(**merged)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    found = value if isinstance(value, dict) else dict(vars(value)) if hasattr(value, "__dict__") else None
+    if found is None:
+        raise InvalidInput(f"hparams must be name: value pairs, got {value!r}. Write features=16,lr=1e-4.")
+    return found
+
+
+def run(options: Any) -> int:
+    """Run a sweep: 0 all done, 1 a job failed, 130 interrupted; tables on stdout, progress on stderr."""
+    from ganomaly_plugin.config import expand
+    from ganomaly_plugin.executors.inline import InlineExecutor
+    from ganomaly_plugin.progress import elapsed, follow
+    from ganomaly_plugin.report.writers import to_text, write_tables
+    from ganomaly_plugin.runner import Settings, make_plan, run_job, sweep
+    from ganomaly_plugin.store import Store
+
+    began = time.perf_counter()
+    experiment = experiment_from(options)
+    from ganomaly_plugin.detectors.base import resolve_device
+
+    resolve_device(experiment.device)
+    jobs = expand(experiment)
+    out = Path(experiment.out)
+    if options.dry_run:
+        plan = make_plan(jobs, Store(out) if (out / "bench.json").is_file() else None, retry_failed=options.retry_failed)
+        return _print_plan(plan, out)
+    store = Store(out, create=True)
+    plan = make_plan(jobs, store, retry_failed=options.retry_failed)
+    note = f"{len(jobs)} jobs: {len(plan.done)} done before, {len(plan.failed)} failed before, {len(plan.missing)} to run"
+    print(f"{note} → {out}", file=sys.stderr)
+    if plan.failed:
+        print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
+    settings = Settings(device=experiment.device, data_root=experiment.data_root)
+    records, interrupted = [*plan.done, *plan.failed], False
+    try:
+        outcomes = sweep(plan, store, InlineExecutor(), lambda job: run_job(job, settings))
+        records += list(follow(outcomes, len(plan.missing)))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: finished jobs are kept; the same command goes on from here", file=sys.stderr)
+    tables = write_tables(store)
+    print(to_text(tables), end="")
+    failed = [record for record in store.records() if record.status == "failed" and record.job in jobs]
+    for record in failed:
+        print(f"failed: {record.job.slug}: {record.error}", file=sys.stderr)
+    print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md ({elapsed(began)})", file=sys.stderr)
+    if interrupted:
+        return 130
+    return 1 if failed else 0
+
+
+def _print_plan(plan: Any, out: Path) -> int:
+    status = {**{r.job.key: "done" for r in plan.done}, **{r.job.key: "failed" for r in plan.failed}}
+    for job in plan.jobs:
+        state = status.get(job.key, "missing")
+        print(f"{state:9}{job.label} · {job.dataset} · {job.protocol} · class {job.category} · seed {job.seed} · {job.key}")
+    counts = Counter(status.get(job.key, "missing") for job in plan.jobs)
+    listed = ", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "failed", "missing"))
+    print(f"{len(plan.jobs)} jobs: {listed} (in {out})")
+    return 0
+
+
+def tables(options: Any) -> int:
+    """Print the tables, or the classification reports, of a results folder, and write its table files again."""
+    from ganomaly_plugin.report.decisions import decision_reports
+    from ganomaly_plugin.report.writers import WRITERS, write_tables
+    from ganomaly_plugin.store import Store
+
+    if options.format not in WRITERS:
+        raise unknown("format", options.format, WRITERS)
+    if not 0 < options.fpr < 1:
+        raise InvalidInput(f"fpr must lie between 0 and 1, got {options.fpr}.")
+    store = Store(options.results)
+    records = store.records()
+    if not any(record.status == "done" for record in records):
+        raise InvalidInput(f"{store.folder} has no finished job ({len(records)} records). Run bench run --out {store.folder}.")
+    if options.report:
+        print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
+        return 0
+    print(WRITERS[options.format](write_tables(store, options.metrics)), end="")
+    return 0
+
+
+def verify(options: Any) -> int:
+    """Replay recordings; 1 when a difference exceeds its tolerance."""
+    from ganomaly_plugin.verify import verify as replay
+
+    ok = True
+    for path in options.files:
+        differences = replay(path, trainer=options.trainer, device=options.device)
+        print(f"{path} (trainer {options.trainer}, device {options.device})")
+        for d in differences:
+            kind = "relative" if d.relative else "absolute"
+            verdict = "ok" if d.passed else "EXCEEDED"
+            print(f"  {d.kind:16}{d.largest:10.2e} {kind}, tolerance {d.tolerance:.0e}: {verdict} (at {d.where})")
+        ok &= all(d.passed for d in differences)
+    print("verified" if ok else "NOT verified: the replay differs from the recording by more than its tolerance")
+    return 0 if ok else 1
+
+
+def speed(options: Any) -> int:
+    """Time a training step in the authors' form and in ours, side by side."""
+    from ganomaly_plugin.speed import run_speed
+
+    return run_speed(options)

@@ -1,0 +1,220 @@
+"""Command line and YAML → Experiment → list[Job]. Every name and value is checked here, before any work starts."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ganomaly_plugin.core import Job
+from ganomaly_plugin.datasets.base import ImageDataset, check_options, default_options, load_dataset
+from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.hparams import canonical_hparams, default_hparams
+from ganomaly_plugin.recipe import Recipe
+from ganomaly_plugin.registry import entries, make_detector, resolve
+from ganomaly_plugin.selection import Selection, show
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A sweep, as the user described it: models × data sets × protocols × classes × seeds.
+
+    Attributes:
+        models: Detectors, with hyperparameters; a name may be a shell pattern. `epochs` among them is a budget.
+        datasets: Data sets, with their options.
+        protocols: Protocol ids.
+        classes: Which classes take their turn; None: all.
+        seeds: Each class is run once a seed.
+        epochs: Training budget of every model; None: each model's published one.
+        image_size: Side of the images in pixels; None: the data set's default.
+        hparams: Hyperparameters for every model that has them.
+        train_fraction: Share of the normal training images to train on.
+        contamination: Share of the training images that are anomalies.
+        limit: Only the first so many jobs.
+        out: Results folder.
+        data_root: Folder of the data sets.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    """
+
+    models: list[Selection]
+    datasets: list[Selection]
+    protocols: list[str]
+    classes: list[str] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    epochs: int | None = None
+    image_size: int | None = None
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    train_fraction: float = 1.0
+    contamination: float = 0.0
+    limit: int | None = None
+    out: str = "results/quickstart"
+    data_root: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A selected detector with its hyperparameters resolved."""
+
+    name: str
+    given: Mapping[str, Any]  # as the user set them, for the label
+    epochs: int | None
+    default_epochs: int | None
+    has_epochs: bool
+    takes_batchnorm: bool
+    cls: Any
+
+    def job_fields(self, protocol: Protocol) -> dict[str, Any]:
+        """The job's detector, hparams, epochs and label under `protocol`."""
+        hparams = dict(self.given)
+        if self.takes_batchnorm and "batchnorm" not in hparams:
+            hparams["batchnorm"] = protocol.batchnorm
+        detector = make_detector(self.name, **hparams)
+        resolved = canonical_hparams(getattr(detector, "hparams", None) or {**default_hparams(self.cls), **hparams})
+        epochs = (self.epochs or self.default_epochs) if self.has_epochs else None
+        defaults = canonical_hparams(default_hparams(self.cls))
+        shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
+        if epochs is not None and epochs != self.default_epochs:
+            shown["epochs"] = epochs
+        return {"detector": self.name, "hparams": resolved, "epochs": epochs, "label": show(self.name, shown)}
+
+
+def expand(experiment: Experiment) -> list[Job]:
+    """The jobs of a sweep in the order they run: data set, protocol, class, seed, then model.
+
+    Raises:
+        InvalidInput: Anything in the experiment is unknown, not allowed or not there; nothing has been run then.
+    """
+    check_budget(experiment)
+    models = select_models(experiment)
+    sampling: dict[str, Any] = {}
+    if experiment.train_fraction != 1.0:
+        sampling["train_fraction"] = experiment.train_fraction
+    if experiment.contamination != 0.0:
+        sampling["contamination"] = experiment.contamination
+    jobs: dict[str, Job] = {}
+    unused = set(experiment.classes or [])
+    for selection in experiment.datasets:
+        options = dataset_options(selection, experiment.image_size)
+        dataset = load_dataset(selection.name, root=experiment.data_root, **options)
+        shape = tuple(int(v) for v in dataset.images.shape[1:])
+        for model in models:
+            check_shape(model, shape)
+        for protocol in map(get_protocol, experiment.protocols):
+            chosen = choose_classes(dataset, protocol, experiment.classes)
+            unused -= set(chosen)
+            fields = [model.job_fields(protocol) for model in models]
+            for category in chosen:
+                for seed in experiment.seeds:
+                    make_split(dataset, protocol.id, category, seed, **sampling)
+                    for model_fields in fields:
+                        job = Job(
+                            dataset=selection.name,
+                            data=options,
+                            protocol=protocol.id,
+                            category=category,
+                            seed=seed,
+                            sampling=sampling,
+                            **model_fields,
+                        )
+                        jobs.setdefault(job.key, job)
+    if unused:
+        raise unknown("class", sorted(unused)[0], _all_categories(experiment))
+    return list(jobs.values())[: experiment.limit]
+
+
+def check_budget(experiment: Experiment) -> None:
+    """Raise InvalidInput for a number that no sweep can have, or an empty list."""
+    for name in ("models", "datasets", "protocols"):
+        if not getattr(experiment, name):
+            raise InvalidInput(f"{name} is empty. Give at least one; bench ls shows what there is.")
+    for name in ("epochs", "limit"):
+        value = getattr(experiment, name)
+        if value is not None and value < 1:
+            raise InvalidInput(f"{name} must be at least 1, got {value}.")
+    if experiment.image_size is not None and experiment.image_size < 1:
+        raise InvalidInput(f"image_size must be at least 1, got {experiment.image_size}.")
+    if not 0 < experiment.train_fraction <= 1:
+        raise InvalidInput(f"train_fraction must be in (0, 1], got {experiment.train_fraction}.")
+    if not 0 <= experiment.contamination < 1:
+        raise InvalidInput(f"contamination must be in [0, 1), got {experiment.contamination}.")
+
+
+def select_models(experiment: Experiment) -> list[Model]:
+    """The experiment's models, patterns expanded, every hyperparameter checked."""
+    names = sorted(name for name in entries("detector") if not name.endswith(":"))
+    models: list[Model] = []
+    used: set[str] = set()
+    for selection in experiment.models:
+        matches = [selection.name]
+        if any(char in selection.name for char in "*?"):
+            matches = fnmatch.filter(names, selection.name)
+            if not matches:
+                raise unknown("detector pattern", selection.name, names)
+        for name in matches:
+            model, shared = _select(name, selection.options, experiment)
+            used |= shared
+            models.append(model)
+    left = set(experiment.hparams) - used
+    if left:
+        raise InvalidInput(f"No selected model has a hyperparameter {sorted(left)[0]!r}. Set it on the model: name[key=value].")
+    return models
+
+
+def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tuple[Model, set[str]]:
+    cls = resolve("detector", name)
+    known = default_hparams(cls)
+    shared = {key: value for key, value in experiment.hparams.items() if key in known}
+    given = {**shared, **options}
+    epochs = given.pop("epochs", experiment.epochs) if "epochs" not in known else experiment.epochs
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+        raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
+    make_detector(name, **given)
+    recipe = isinstance(cls, type) and issubclass(cls, Recipe)
+    model = Model(
+        name=name,
+        given=given,
+        epochs=epochs,
+        default_epochs=getattr(cls, "default_epochs", None),
+        has_epochs=recipe or getattr(cls, "has_epochs", True),
+        takes_batchnorm="batchnorm" in known,
+        cls=cls,
+    )
+    return model, set(shared)
+
+
+def check_shape(model: Model, chw: tuple[int, ...]) -> None:
+    """Raise InvalidInput when the model cannot take images of `(c, h, w)`."""
+    check = getattr(make_detector(model.name, **dict(model.given)), "check_shape", None)
+    if check is None:
+        return
+    try:
+        check(chw)
+    except InvalidInput as error:
+        raise InvalidInput(f"{model.name}: {error}") from error
+
+
+def dataset_options(selection: Selection, image_size: int | None) -> dict[str, Any]:
+    """The data set's options with defaults filled in; `image_size` applies unless the selection sets its own."""
+    options = dict(selection.options)
+    if image_size is not None and "image_size" in default_options(selection.name):
+        options.setdefault("image_size", image_size)
+    return check_options(selection.name, options)
+
+
+def choose_classes(dataset: ImageDataset, protocol: Protocol, wanted: list[str] | None) -> list[str]:
+    """Those of `wanted` that are classes of `dataset` under `protocol`; all of its classes for None."""
+    allowed = categories(dataset, protocol)
+    return list(allowed) if wanted is None else [name for name in dict.fromkeys(wanted) if name in allowed]
+
+
+def _all_categories(experiment: Experiment) -> list[str]:
+    found: set[str] = set()
+    for selection in experiment.datasets:
+        options = dataset_options(selection, experiment.image_size)
+        dataset = load_dataset(selection.name, root=experiment.data_root, **options)
+        for name in experiment.protocols:
+            found |= set(categories(dataset, get_protocol(name)))
+    return sorted(found)

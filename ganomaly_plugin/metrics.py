@@ -1,0 +1,62 @@
+"""Measures of a ranking, on whole raw score vectors; and the threshold that turns scores into decisions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from ganomaly_plugin.errors import InvalidInput
+
+
+def check_scores(score: ArrayLike, n: int, detector: str) -> np.ndarray:
+    """`score` as float64 `(n,)`.
+
+    Raises:
+        InvalidInput: It has another shape or type, or holds a value that is not finite; names the detector.
+    """
+    try:
+        array = np.asarray(score, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{detector} returned scores of type {type(score).__name__}; wanted {n} numbers.") from error
+    if array.shape != (n,):
+        raise InvalidInput(f"{detector} returned scores of shape {array.shape}; wanted ({n},), one number an image.")
+    bad = np.flatnonzero(~np.isfinite(array))
+    if len(bad):
+        raise InvalidInput(
+            f"{detector} returned {len(bad)} scores that are not finite, first {array[bad[0]]} for image {bad[0]}."
+        )
+    return array
+
+
+def auroc(is_anomaly: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve in [0, 1]: the chance that an anomaly scores above a normal image, ties half."""
+    return float(roc_auc_score(is_anomaly, score))
+
+
+def auprc(is_anomaly: np.ndarray, score: np.ndarray) -> float:
+    """Average precision in [0, 1], anomalies positive; chance is their share of the test set."""
+    return float(average_precision_score(is_anomaly, score))
+
+
+RANKING_METRICS = {"auroc": auroc, "auprc": auprc}
+
+
+def threshold_at(reference: np.ndarray, false_positive_rate: float) -> float:
+    """The threshold above which an image is called anomalous, from scores of normal images alone.
+
+    The split-conformal quantile: of exchangeable normal images at most `false_positive_rate` score above it on
+    average, provided there are at least 1/rate - 1 reference scores; with fewer it is the largest of them.
+
+    Args:
+        reference: Scores of normal images `(m,)`.
+        false_positive_rate: In (0, 1).
+    """
+    if not 0 < false_positive_rate < 1:
+        raise InvalidInput(f"The false-positive rate must lie between 0 and 1, got {false_positive_rate}.")
+    if len(reference) == 0:
+        raise InvalidInput("A threshold needs scores of normal images, and there are none.")
+    rank = math.ceil((len(reference) + 1) * (1 - false_positive_rate) - 1e-9)
+    return float(np.sort(reference)[min(rank, len(reference)) - 1])

@@ -1,0 +1,76 @@
+"""Where a number comes from: versions, hardware, commit and command line."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ganomaly_plugin import __version__
+
+_PACKAGES = ("torch", "torchvision", "lightning", "anomalib", "scikit-learn", "numpy", "pandas", "jsonargparse")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Installed versions of this package and those it stands on; a missing package is left out."""
+    found = {"ganomaly-plugin": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that this package runs from; empty when it is not one."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent:
+            return {}  # installed inside somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "ganomaly_plugin"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Everything a record says of where it was made; `device` is the torch device that the job ran on."""
+    import torch
+
+    found: dict[str, Any] = {
+        "versions": versions(),
+        "git": git_state(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
+    return found

@@ -1,0 +1,1 @@
+"""Records → tables, and tables → CSV, LaTeX, Markdown. Nothing here trains or scores."""

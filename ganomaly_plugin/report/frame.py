@@ -1,0 +1,71 @@
+"""Records as one flat pandas row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from ganomaly_plugin.core import RunRecord, canonical_json
+from ganomaly_plugin.errors import InvalidInput
+
+#: What rows of one table must share: AUROCs of different data or protocols do not compare.
+GROUP = ["dataset", "data", "protocol", "sampling"]
+
+
+def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row a job with everything its record holds, nested fields as `group.name` columns, in a fixed order."""
+    rows = []
+    for record in records:
+        job = record.job
+        row: dict[str, Any] = {
+            "detector": job.label or job.detector,
+            "dataset": job.dataset,
+            "protocol": job.protocol,
+            "class": job.category,
+            "seed": job.seed,
+            "status": record.status,
+            **record.metrics,
+            "epochs": job.epochs,
+            "error": record.error,
+            "name": job.detector,
+            "key": job.key,
+            "split_digest": record.split_digest,
+            "reference": record.reference,
+            "data": canonical_json(dict(job.data)),
+            "sampling": canonical_json(dict(job.sampling)),
+        }
+        nested = {"hparams": job.hparams, "counts": record.counts, "seconds": record.seconds}
+        for group, values in {**nested, "notes": record.notes, "environment": record.environment}.items():
+            row |= _flat(group, values)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        return frame
+    order = ["dataset", "data", "protocol", "sampling", "detector", "class", "seed", "key"]
+    return frame.sort_values(order, kind="stable").reset_index(drop=True)
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, Mapping):
+            flat |= _flat(name, value)
+        else:
+            flat[name] = value if isinstance(value, (str, int, float, bool, type(None))) else canonical_json(value)
+    return flat
+
+
+def check_comparable(frame: pd.DataFrame) -> None:
+    """Raise InvalidInput when two rows of one table cell were made from different splits of the data."""
+    done = frame[frame["status"] == "done"]
+    for where, part in done.groupby([*GROUP, "class", "seed"], sort=False):
+        if part["split_digest"].nunique() > 1:
+            dataset, _, protocol, _, category, seed = where
+            a, b = part.drop_duplicates("split_digest")["key"].iloc[:2]
+            raise InvalidInput(
+                f"Records {a} and {b} ({dataset}, {protocol}, class {category}, seed {seed}) were made from different "
+                "images or splits: the data changed in between. Delete the older of the two and run again."
+            )

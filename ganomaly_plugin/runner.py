@@ -1,0 +1,171 @@
+"""Jobs → records. One job's failure is its record; the sweep goes on."""
+
+from __future__ import annotations
+
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ganomaly_plugin.core import Detector, Executor, Job, Outcome, RunRecord
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
+from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.errors import BenchError, one_line
+from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores
+from ganomaly_plugin.provenance import environment
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.store import Store
+
+REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run jobs, as opposed to what they are: nothing here changes a job's key."""
+
+    device: str = "auto"
+    data_root: str | None = None
+
+
+def seed_everything(job: Job) -> None:
+    """Seed the global generators from the job alone, for detectors that use them."""
+    seed = int(job.key, 16) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - other packages' detectors read the global state
+    torch.manual_seed(seed)
+
+
+def run_job(job: Job, settings: Settings) -> Outcome:
+    """Run one job from data to record; an error becomes a failed record."""
+    began = time.perf_counter()
+    try:
+        return _run(job, settings)
+    except Exception as error:  # a detector may raise anything, and the sweep goes on
+        known = isinstance(error, BenchError)
+        record = RunRecord(
+            job=job,
+            status="failed",
+            error=one_line(error),
+            traceback=None if known else traceback.format_exc(),
+            seconds={"total": time.perf_counter() - began},
+            environment=environment(_device_name(settings.device)),
+        )
+        return Outcome(record)
+
+
+def _device_name(device: str) -> str:
+    try:
+        return str(resolve_device(device))
+    except BenchError:
+        return device
+
+
+def _run(job: Job, settings: Settings) -> Outcome:
+    seed_everything(job)
+    device = str(resolve_device(settings.device))
+    dataset = load_dataset(job.dataset, root=settings.data_root, **job.data)
+    split = make_split(dataset, job.protocol, job.category, job.seed, **job.sampling)
+    test = dataset.images[split.test]
+    oracle = _Oracle(job, test, split.is_anomaly) if get_protocol(job.protocol).oracle else None
+    detector = make_detector(job.detector, **job.hparams)
+
+    began = time.perf_counter()
+    detector.fit(dataset.images[split.train], seed=job.seed, epochs=job.epochs, device=device, on_epoch=oracle)
+    fit_seconds = time.perf_counter() - began - (oracle.seconds if oracle else 0.0)
+    began = time.perf_counter()
+    score = check_scores(detector.score(test), len(test), job.label or job.detector)
+    score_seconds = time.perf_counter() - began
+
+    reference, origin = _reference_scores(job, detector, dataset.images, split)
+    metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
+    history: list[dict[str, float]] = [dict(losses) for losses in getattr(detector, "history_", [])]
+    if oracle is not None and oracle.aurocs:
+        metrics["auroc_oracle"] = max(oracle.aurocs)
+        metrics["oracle_epoch"] = float(np.argmax(oracle.aurocs)) + 1
+        history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(oracle.aurocs)]
+    n_anomalous = int(split.is_anomaly.sum())
+    record = RunRecord(
+        job=job,
+        status="done",
+        metrics=metrics,
+        counts={
+            "train": len(split.train),
+            "reference": len(reference),
+            "test_normal": len(test) - n_anomalous,
+            "test_anomalous": n_anomalous,
+        },
+        seconds={"fit": fit_seconds, "score": score_seconds},
+        split_digest=split.digest,
+        reference=origin,
+        notes={"describe": detector.describe() if hasattr(detector, "describe") else {}, "source": dict(dataset.source)},
+        environment=environment(device),
+        history=history,
+    )
+    arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
+    return Outcome(record, arrays)
+
+
+def _reference_scores(job: Job, detector: Detector, images: np.ndarray, split: Split) -> tuple[np.ndarray, str]:
+    """Scores of normal images for a threshold: the held-out ones, else a seeded sample of the training images."""
+    if len(split.reference):
+        index, origin = split.reference, "held-out"
+    else:
+        order = np.random.default_rng([job.seed, 3]).permutation(split.train)
+        index, origin = np.sort(order[:REFERENCE_LIMIT]), "train"
+    return check_scores(detector.score(images[index]), len(index), job.label or job.detector), origin
+
+
+class _Oracle:
+    """Test AUROC after each epoch: what choosing the epoch on the test set would give. Recorded, never the result."""
+
+    def __init__(self, job: Job, test: np.ndarray, is_anomaly: np.ndarray) -> None:
+        self.name, self.test, self.is_anomaly = job.label or job.detector, test, is_anomaly
+        self.aurocs: list[float] = []
+        self.seconds = 0.0
+
+    def __call__(self, epoch: int, detector: Detector) -> None:
+        began = time.perf_counter()
+        score = check_scores(detector.score(self.test), len(self.test), self.name)
+        self.aurocs.append(auroc(self.is_anomaly, score))
+        self.seconds += time.perf_counter() - began
+
+
+@dataclass
+class Plan:
+    """What a sweep still has to do: all its jobs, and those whose record is missing."""
+
+    jobs: list[Job]
+    missing: list[Job]
+    done: list[RunRecord]
+    failed: list[RunRecord]
+
+
+def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = False) -> Plan:
+    """Compare `jobs` with the records of `store`; a failed job is run again only with `retry_failed`.
+
+    Raises:
+        CorruptFile: A record or its scores are damaged.
+    """
+    plan = Plan(jobs, [], [], [])
+    for job in jobs:
+        record = store.get(job) if store is not None else None
+        if store is not None and record is not None and record.status == "done":
+            store.scores(job)
+            plan.done.append(record)
+        elif record is not None and not retry_failed:
+            plan.failed.append(record)
+        else:
+            plan.missing.append(job)
+    return plan
+
+
+def sweep(plan: Plan, store: Store, executor: Executor, run: Callable[[Job], Outcome]) -> Iterator[RunRecord]:
+    """Run what is missing, store each outcome as it comes, and yield its record."""
+    for outcome in executor.map(run, plan.missing):
+        store.put(outcome)
+        yield outcome.record

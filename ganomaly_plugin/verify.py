@@ -1,0 +1,185 @@
+"""Replay a recording of the authors' GANomaly and compare every number it holds.
+
+A recording (`.npz`) has the configuration, initial weights, batches, the losses of each step, the final weights and
+test scores. `tests/golden/README.md` describes the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.recipe import Networks
+from ganomaly_plugin.training.detector import scoring_mode
+from ganomaly_plugin.training.plain import PlainTrainer
+
+Replay = tuple[np.ndarray, Networks]
+LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
+_NETWORKS = {"g": "generator", "d": "discriminator"}
+_CONFIG = {"image_size", "channels", "latent_dim", "features", "extra_layers", "batch_size", "lr", "betas"}
+_WEIGHTS = {"w_adv", "w_con", "w_enc"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one kind of number, and what is allowed."""
+
+    kind: str
+    largest: float
+    tolerance: float
+    relative: bool
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within tolerance; NaN is not."""
+        return self.largest <= self.tolerance
+
+
+def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
+    trainer = PlainTrainer(recipe, networks, seed=0, device=device)
+    losses = [trainer.step(batch) for batch in batches]
+    return np.array([[float(step[name]) for name in LOSSES] for step in losses]), trainer.networks
+
+
+Replayer = Callable[[GanomalyRecipe, dict[str, torch.nn.Module], Tensor, torch.device], Replay]
+#: A trainer by name: (recipe, networks at their initial weights, batches, device) → (losses (steps, 5), networks).
+TRAINERS: Mapping[str, Replayer] = {"plain": _plain}
+
+
+def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str = "cpu") -> list[Difference]:
+    """Replay the recording at `path` and return the largest difference of each kind.
+
+    Args:
+        path: The recording.
+        trainer: Which trainer replays it.
+        device: Where: "cpu", "cuda", ...
+
+    Raises:
+        InvalidInput: There is no such file, trainer or device.
+        CorruptFile: The file is not a complete recording.
+    """
+    if trainer not in TRAINERS:
+        raise unknown("trainer", trainer, TRAINERS)
+    target = resolve_device(device)
+    recording = _read(Path(path))
+    try:
+        return _compare(recording, TRAINERS[trainer], target)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CorruptFile(f"{path} is not a usable recording: {one_line(error)}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidInput(f"No recording at {path}. Give a .npz file, such as tests/golden/gray32.npz.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+        raise CorruptFile(f"{path} is not a readable .npz recording ({one_line(error)}). Copy it again.") from error
+
+
+def _compare(recording: dict[str, Any], replay: Replayer, device: torch.device) -> list[Difference]:
+    config = json.loads(str(recording["config"]))
+    missing = sorted((_CONFIG | _WEIGHTS) - set(config))
+    if missing:
+        raise ValueError(f"its config lacks {', '.join(missing)}")
+    recipe = GanomalyRecipe(
+        features=config["features"],
+        latent_dim=config["latent_dim"],
+        extra_layers=config["extra_layers"],
+        batch_size=config["batch_size"],
+        lr=config["lr"],
+        betas=tuple(config["betas"]),
+        **{name: config[name] for name in sorted(_WEIGHTS)},
+    )
+    chw = (config["channels"], config["image_size"], config["image_size"])
+    networks = recipe.build(chw)
+    for short, name in _NETWORKS.items():
+        networks[name].load_state_dict(_tensors(recording, f"init/{short}/"))
+    batches = torch.from_numpy(recording["batches"])
+    _check_shape("batches", batches, (len(batches), config["batch_size"], *chw))
+    _check_shape("losses", recording["losses"], (len(batches), len(LOSSES)))
+
+    losses, trained = replay(recipe, networks, batches, device)
+    test = torch.from_numpy(recording["test_images"]).to(device)
+    scores, fakes = {}, {}
+    for mode in ("running", "batch"):
+        with torch.no_grad(), scoring_mode(trained, mode):
+            scores[mode] = recipe.score(trained, test).cpu().numpy()
+            fakes[mode] = trained["generator"](test)[0].cpu().numpy()
+
+    differences = [
+        _difference("losses", {name: (losses[:, k], recording["losses"][:, k]) for k, name in enumerate(LOSSES)}, 1e-5)
+    ]
+    wanted = {key: recording[key] for key in ("test_scores_eval", "test_scores_batchstats")}
+    pairs = {"test_scores_eval": scores["running"], "test_scores_batchstats": scores["batch"]}
+    differences.append(_difference("scores", {key: (pairs[key], wanted[key]) for key in wanted}, 1e-4))
+    brightest = float(np.abs(recording["test_fake_eval"]).max())  # after few steps they are faint: compare to their scale
+    fake = {"test_fake_eval": (fakes["running"] / brightest, recording["test_fake_eval"] / brightest)}
+    differences.append(_difference("reconstructions", fake, 1e-4, relative=False))
+    differences.append(_difference("weights", _final_pairs(recording, trained), 1e-4, relative=False))
+    return differences
+
+
+def _final_pairs(recording: dict[str, Any], trained: Networks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    pairs = {}
+    for short, name in _NETWORKS.items():
+        final = _tensors(recording, f"final/{short}/")
+        state = {key: value for key, value in trained[name].state_dict().items() if short == "g" or not _is_statistic(key)}
+        if short == "d":
+            final = {key: value for key, value in final.items() if not _is_statistic(key)}
+        if final.keys() != state.keys():
+            raise ValueError(f"final/{short}/ lacks or adds {', '.join(sorted(final.keys() ^ state.keys())[:3])}")
+        pairs |= {f"final/{short}/{key}": (state[key].cpu().numpy(), final[key].numpy()) for key in final}
+    return pairs
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _tensors(recording: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    found = {
+        key.removeprefix(prefix): torch.from_numpy(np.asarray(value))
+        for key, value in recording.items()
+        if key.startswith(prefix)
+    }
+    if not found:
+        raise ValueError(f"it has no {prefix}… weights")
+    return found
+
+
+def _check_shape(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, its config says {shape}")
+
+
+def _difference(
+    kind: str, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], tolerance: float, relative: bool = True
+) -> Difference:
+    """The largest difference over named pairs (ours, recorded); NaN anywhere is the largest of all."""
+    largest, where = 0.0, ""
+    for name, (ours, recorded) in pairs.items():
+        if ours.shape != recorded.shape:
+            raise ValueError(f"{name} has shape {recorded.shape}, the replay gives {ours.shape}")
+        a, b = ours.astype(np.float64), recorded.astype(np.float64)
+        gap = np.abs(a - b)
+        if relative:
+            gap = gap / np.maximum(np.abs(b), np.finfo(np.float32).tiny)
+        worst = float("inf") if not np.isfinite(gap).all() else float(gap.max(initial=0.0))
+        if worst > largest or not where:
+            largest, where = worst, name
+    return Difference(kind, largest, tolerance, relative, where)
