@@ -36,6 +36,10 @@ def _builtin(name: str, target: str, summary: str) -> Entry:
 DETECTORS = (
     _builtin("ganomaly", "detectors.ganomaly:GanomalyRecipe", "GANomaly (ACCV 2018), as its authors' code"),
     _builtin("ae", "detectors.ae:AutoencoderRecipe", "convolutional autoencoder, L1 or MSE"),
+    _builtin("pca", "detectors.classical:Pca", "reconstruction error after principal component analysis, on pixels"),
+    _builtin("knn", "detectors.classical:NearestNeighbours", "distance from the nearest training images, on pixels"),
+    _builtin("iforest", "detectors.classical:IsolationForestDetector", "isolation forest, on pixels"),
+    _builtin("ocsvm", "detectors.classical:OneClassSvm", "one-class SVM with an RBF kernel, on pixels"),
     _builtin("mean_intensity", "detectors.mean_intensity:MeanIntensity", "the floor: distance of the mean brightness"),
 )
 
