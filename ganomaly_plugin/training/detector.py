@@ -56,6 +56,7 @@ class RecipeDetector(BaseDetector):
         def after_epoch(epoch: int, trainer: PlainTrainer, losses: dict[str, float]) -> None:
             self.history_.append(losses)
             self.networks_ = trainer.scoring_networks()
+            self.steps_ = trainer.steps
             if on_epoch is not None:
                 on_epoch(epoch, self)
 
@@ -85,19 +86,19 @@ class RecipeDetector(BaseDetector):
         return torch.cat(parts).cpu()
 
     def describe(self) -> dict[str, Any]:
-        """Number of trained parameters, in all and of each network."""
+        """Number of trained parameters, in all and of each network; training steps; the trainer."""
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks_.items()}
-        return {"parameters": sum(sizes.values()), "parameters_by_network": sizes}
+        return {"parameters": sum(sizes.values()), "parameters_by_network": sizes, "steps": self.steps_, "trainer": "plain"}
 
     def _state(self) -> dict[str, Any]:
         networks = {
             name: {k: v.cpu().contiguous() for k, v in net.state_dict().items()} for name, net in self.networks_.items()
         }
-        return {"networks": networks, "history": self.history_}
+        return {"networks": networks, "history": self.history_, "steps": self.steps_}
 
     def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
         self.set_networks(state["networks"], self.image_shape_, device)
-        self.history_ = state["history"]
+        self.history_, self.steps_ = state["history"], int(state["steps"])
 
     def set_networks(
         self, states: Mapping[str, Mapping[str, Tensor]], chw: tuple[int, int, int], device: torch.device
@@ -110,7 +111,7 @@ class RecipeDetector(BaseDetector):
             except (KeyError, RuntimeError) as error:
                 raise CorruptFile(f"The weights do not fit network {name!r} of {self.name}: {error}.") from error
         self.networks_ = {name: net.to(device, memory_format=torch.channels_last) for name, net in networks.items()}
-        self.image_shape_, self.device_, self.history_ = chw, device, []
+        self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
         return self
 
 
