@@ -67,7 +67,7 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["bench", *sys.argv[1:]],
     }
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)

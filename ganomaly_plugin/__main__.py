@@ -1,0 +1,7 @@
+"""`python -m ganomaly_plugin` is `bench`."""
+
+import sys
+
+from ganomaly_plugin.cli import main
+
+sys.exit(main())
