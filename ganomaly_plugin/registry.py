@@ -43,7 +43,17 @@ DETECTORS = (
     _builtin("mean_intensity", "detectors.mean_intensity:MeanIntensity", "the floor: distance of the mean brightness"),
 )
 
-DATASETS = (_builtin("digits", "datasets.digits:load", "scikit-learn's 1,797 handwritten digits; no download"),)
+DATASETS = (
+    _builtin("digits", "datasets.digits:load", "scikit-learn's 1,797 handwritten digits; no download"),
+    _builtin("mnist", "datasets.torchvision_sets:mnist", "70,000 handwritten digits, 28×28"),
+    _builtin("fashion_mnist", "datasets.torchvision_sets:fashion_mnist", "70,000 clothes, 28×28"),
+    _builtin("kmnist", "datasets.torchvision_sets:kmnist", "70,000 cursive Japanese characters, 28×28"),
+    _builtin("emnist", "datasets.torchvision_sets:emnist", "letters and digits, 28×28; split=balanced|letters|..."),
+    _builtin("cifar10", "datasets.torchvision_sets:cifar10", "60,000 colour photographs of 10 things, 32×32"),
+    _builtin("cifar100", "datasets.torchvision_sets:cifar100", "60,000 colour photographs, 32×32; labels=fine|coarse"),
+    _builtin("svhn", "datasets.torchvision_sets:svhn", "99,289 house number digits in colour, 32×32"),
+    _builtin("stl10", "datasets.torchvision_sets:stl10", "13,000 colour photographs of 10 things, 96×96"),
+)
 
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
 

@@ -112,7 +112,7 @@ def resize(images: np.ndarray, size: int, chunk: int = 2048) -> np.ndarray:
 
     resized = np.empty((*images.shape[:2], size, size), dtype=np.uint8)
     for start in range(0, len(images), chunk):
-        part = torch.from_numpy(images[start : start + chunk]).float()
+        part = torch.from_numpy(images[start : start + chunk].astype(np.float32))  # a copy: a memory map is read-only
         part = interpolate(part, size=(size, size), mode="bilinear", align_corners=False, antialias=size < max(part.shape[-2:]))
         resized[start : start + chunk] = part.round_().clamp_(0, 255).to(torch.uint8).numpy()
     return resized
