@@ -53,8 +53,8 @@ class AuthorsStep:
         self.adam_g = torch.optim.Adam(self.generator.parameters(), **options)
         self.adam_d = torch.optim.Adam(self.discriminator.parameters(), **options)
 
-    def __call__(self, x: Tensor) -> None:
-        """Train on one batch in [-1, 1]."""
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """Train on one batch in [-1, 1] and return its losses."""
         recipe = self.recipe
         x_hat, z, z_hat = self.generator(x)
         logits_real, _ = self.discriminator(x)
@@ -63,8 +63,9 @@ class AuthorsStep:
         self.adam_g.zero_grad()
         # As written there, D's features of x are not detached, and D's weights collect gradients that are thrown away.
         adv = (self.discriminator(x)[1] - self.discriminator(x_hat)[1]).square().mean()
-        loss = recipe.w_adv * adv + recipe.w_con * contextual_loss(x, x_hat) + recipe.w_enc * encoder_loss(z, z_hat)
-        loss.backward(retain_graph=True)
+        con, enc = contextual_loss(x, x_hat), encoder_loss(z, z_hat)
+        total = recipe.w_adv * adv + recipe.w_con * con + recipe.w_enc * enc
+        total.backward(retain_graph=True)
         self.adam_g.step()
 
         self.adam_d.zero_grad()
@@ -73,6 +74,8 @@ class AuthorsStep:
         self.adam_d.step()
         if loss.item() < recipe.redraw_below:
             recipe.redraw(self.discriminator)
+        losses = {"adversarial": adv, "contextual": con, "encoder": enc, "generator": total, "discriminator": loss}
+        return {name: value.detach() for name, value in losses.items()}
 
 
 def time_steps(steps: dict[str, Callable[[Tensor], Any]], x: Tensor, repeats: int) -> list[Timing]:

@@ -127,7 +127,7 @@ class Store:
         path = self.scores_path(job)
         todo = f"Delete {self.record_path(job)} and run again."
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         except FileNotFoundError as error:
             raise CorruptFile(f"The scores {path} are missing. {todo}") from error

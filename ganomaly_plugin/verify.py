@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidInput(f"No recording at {path}. Give a .npz file, such as tests/golden/gray32.npz.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
         raise CorruptFile(f"{path} is not a readable .npz recording ({one_line(error)}). Copy it again.") from error
@@ -127,7 +127,9 @@ def _compare(recording: dict[str, Any], replay: Replayer, device: torch.device) 
     wanted = {key: recording[key] for key in ("test_scores_eval", "test_scores_batchstats")}
     pairs = {"test_scores_eval": scores["running"], "test_scores_batchstats": scores["batch"]}
     differences.append(_difference("scores", {key: (pairs[key], wanted[key]) for key in wanted}, 1e-4))
-    brightest = float(np.abs(recording["test_fake_eval"]).max())  # after few steps they are faint: compare to their scale
+    brightest = (
+        float(np.abs(recording["test_fake_eval"]).max()) or 1.0
+    )  # after few steps they are faint: compare to their scale
     fake = {"test_fake_eval": (fakes["running"] / brightest, recording["test_fake_eval"] / brightest)}
     differences.append(_difference("reconstructions", fake, 1e-4, relative=False))
     differences.append(_difference("weights", _final_pairs(recording, trained), 1e-4, relative=False))
@@ -178,7 +180,8 @@ def _difference(
         a, b = ours.astype(np.float64), recorded.astype(np.float64)
         gap = np.abs(a - b)
         if relative:
-            gap = gap / np.maximum(np.abs(b), np.finfo(np.float32).tiny)
+            size = np.abs(b)  # numbers that all but cancel, as (z - ẑ)² may, are held to a hundredth of the largest
+            gap = gap / np.maximum(size, max(0.01 * size.max(initial=0.0), np.finfo(np.float32).tiny))
         worst = float("inf") if not np.isfinite(gap).all() else float(gap.max(initial=0.0))
         if worst > largest or not where:
             largest, where = worst, name

@@ -1,0 +1,100 @@
+"""The GANomaly authors' checkpoint files, `netG.pth` and `netD.pth`: read into a detector, and written from one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.training.detector import RecipeDetector
+
+_FILES = {"generator": "netG.pth", "discriminator": "netD.pth"}
+
+
+def load_authors_checkpoint(
+    net_g: str | os.PathLike[str], net_d: str | os.PathLike[str] | None = None, *, device: str = "auto", **hparams: Any
+) -> RecipeDetector:
+    """A fitted GANomaly detector from the authors' weight files; sizes are read off the weights.
+
+    Args:
+        net_g: Their `netG.pth`: a dict with `state_dict` (read without unpickling code).
+        net_d: Their `netD.pth`; scores do not need it, and without it the discriminator is new.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        **hparams: Hyperparameters that weights do not tell, such as `batchnorm` or `input_range`.
+
+    Raises:
+        InvalidInput: A file is not there.
+        CorruptFile: A file is damaged, or holds no GANomaly weights.
+    """
+    generator = _read(Path(net_g))
+    sizes = _sizes(generator, Path(net_g))
+    side = sizes.pop("image_size")
+    channels = sizes.pop("channels")
+    detector = make_detector("ganomaly", **sizes, **hparams)
+    assert isinstance(detector, RecipeDetector)
+    chw = (channels, side, side)
+    states: dict[str, Mapping[str, Tensor]] = {"generator": generator}
+    if net_d is not None:
+        states["discriminator"] = _read(Path(net_d))
+    else:
+        states["discriminator"] = detector.recipe.build(chw)["discriminator"].state_dict()
+    return detector.set_networks(states, chw, resolve_device(device))
+
+
+def save_authors_checkpoint(detector: RecipeDetector, folder: str | os.PathLike[str]) -> None:
+    """Write a fitted GANomaly detector as `netG.pth` and `netD.pth` into `folder`, as the authors' code reads them.
+
+    Raises:
+        InvalidInput: The detector is not GANomaly, or the folder does not exist.
+        NotFitted: The detector has no weights yet.
+    """
+    if not isinstance(getattr(detector, "recipe", None), GanomalyRecipe):
+        raise InvalidInput(f"Only ganomaly has the authors' checkpoint format, got {detector.name or type(detector).__name__}.")
+    if not hasattr(detector, "networks_"):
+        raise NotFitted("ganomaly is not fitted; call fit(images) first.")
+    target = Path(folder)
+    if not target.is_dir():
+        raise InvalidInput(f"No folder at {target}. Create it first.")
+    for name, file in _FILES.items():
+        state = {key: value.cpu().contiguous() for key, value in detector.networks_[name].state_dict().items()}
+        torch.save({"epoch": len(detector.history_), "state_dict": state}, target / file)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InvalidInput(f"No checkpoint at {path}. Give the path of the authors' netG.pth or netD.pth.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(content["state_dict"])
+    except Exception as error:  # torch raises many types for a damaged archive
+        raise CorruptFile(f"{path} is not a checkpoint of the authors' code ({type(error).__name__}).") from error
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """Image size, channels and GanomalyRecipe's size hyperparameters from a generator's weights."""
+    encoder = {
+        key.removeprefix("encoder1.main."): value.shape for key, value in state.items() if key.startswith("encoder1.main.")
+    }
+    first = next((shape for key, shape in encoder.items() if key.startswith("initial-conv")), None)
+    last = next((shape for key, shape in encoder.items() if key.startswith("final-")), None)
+    if first is None or last is None:
+        raise CorruptFile(f"{path} holds no GANomaly generator: it has no encoder1.main weights.")
+    pyramid = sum(bool(re.fullmatch(r"pyramid-\d+-\d+-conv\.weight", key)) for key in encoder)
+    extra = sum(bool(re.fullmatch(r"extra-layers-\d+-\d+-conv\.weight", key)) for key in encoder)
+    return {
+        "image_size": int(last[-1]) * 2 ** (pyramid + 1),
+        "channels": int(first[1]),
+        "features": int(first[0]),
+        "latent_dim": int(last[0]),
+        "extra_layers": extra,
+    }

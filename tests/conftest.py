@@ -1,0 +1,41 @@
+"""Shared fixtures: small images, a tiny results folder, and the `bench` command in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ganomaly_plugin.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> list[Path]:
+    return sorted(GOLDEN.glob("*.npz"))
+
+
+def blobs(n: int, *, channels: int = 1, side: int = 16, seed: int = 0) -> np.ndarray:
+    """Smooth bright blobs with a little noise, float32 in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    axis = np.linspace(-1, 1, side)
+    centre = rng.uniform(-0.2, 0.2, (n, 2, 1, 1))
+    distance = (axis[None, :, None] - centre[:, 0]) ** 2 + (axis[None, None, :] - centre[:, 1]) ** 2
+    images = 1.6 * np.exp(-distance / 0.2)[:, None] - 0.8 + rng.normal(0, 0.03, (n, channels, side, side))
+    return np.clip(images, -1, 1).astype(np.float32)
+
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str]):
+    """Run `bench` in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
