@@ -218,7 +218,9 @@ class OneClassSvm(PixelModel):
         return {"nu": self.nu, "max_train": self.max_train, "standardise": self.standardise}
 
     def _fit_vectors(self, vectors: np.ndarray, seed: int) -> None:
-        self.model_ = OneClassSVM(nu=self.nu).fit(vectors)
+        self.model_ = OneClassSVM(nu=self.nu)
+        self.model_.random_state = 0  # not an argument; None would draw from NumPy's global state, though nothing uses it
+        self.model_.fit(vectors)
 
     def _score_vectors(self, vectors: np.ndarray) -> np.ndarray:
         return -self.model_.score_samples(vectors)
