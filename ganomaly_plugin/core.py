@@ -26,7 +26,14 @@ class Detector(Protocol):
     """An image anomaly detector: all that the runner ever sees of a method.
 
     Constructors only store hyperparameters. Images are `(n, c, h, w)`, uint8 in [0, 255] or float in [-1, 1].
-    A detector may also have `anomaly_map(images) -> (n, h, w)` and `history_` (one dict of mean losses an epoch).
+    A detector may also have `anomaly_map(images) -> (n, h, w)`, `history_` (one dict of mean losses an epoch), `hparams`
+    (its hyperparameters) and `describe()` (plain facts for the record).
+
+    Another package's detector needs no more than these three methods to be run and compared. The easy way to the rest
+    (checked images, one-line errors, files that `load_detector` reads) is to subclass
+    `ganomaly_plugin.detectors.base.BaseDetector`. Without it, `load_detector` wants from `save` a `torch.save` file of
+    tensors and plain values with BaseDetector's keys, and from the class `_load_state(state, device)`.
+    `bench test package.module:Class` runs the conformance suite (`ganomaly_plugin.conformance`) on either.
     """
 
     def fit(

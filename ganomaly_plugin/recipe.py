@@ -89,6 +89,7 @@ class Recipe(ABC):
     conformance_exemptions: ClassVar[dict[str, str]] = {}
     conformance_hparams: ClassVar[dict[str, Any]] = {}
     conformance_epochs: ClassVar[int] = 15
+    conformance_shape: ClassVar[tuple[int, int, int]] = (1, 16, 16)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

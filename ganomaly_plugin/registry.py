@@ -6,6 +6,7 @@ Adding a built-in is one line in `DETECTORS` or `DATASETS`. Another package decl
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib
@@ -129,7 +130,8 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
         detector: BaseDetector = RecipeDetector(cls(**arguments))
     else:
         detector = cls(**arguments)
-    detector.name = name
+    with contextlib.suppress(AttributeError):  # another package's object may be frozen or have slots; the name is optional
+        detector.name = name
     return detector
 
 
@@ -156,11 +158,13 @@ def load_detector(path: str | os.PathLike[str], *, device: str = "auto", name: s
         )
     try:
         detector = make_detector(name or str(saved), **content["hparams"])
+        if not hasattr(detector, "_load_state"):
+            raise InvalidInput(f"{name or saved} cannot be loaded: it has no _load_state. Subclass BaseDetector to get files.")
         c, h, w = content["image_shape"]
         detector.image_shape_ = (int(c), int(h), int(w))
         detector._load_state(content["state"], resolve_device(device))
     except BenchError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} is not a complete detector file: {one_line(error)}. Save it again.") from error
     return detector

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class AutoencoderRecipe(Recipe):
     loss: Literal["l1", "mse"] = "l1"
     lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
+
+    conformance_hparams: ClassVar[dict[str, Any]] = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()

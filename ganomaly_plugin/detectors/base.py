@@ -35,6 +35,8 @@ class BaseDetector(ABC):
     #: Hyperparameters and epochs that make the conformance suite cheap; what its user sets comes first.
     conformance_hparams: ClassVar[dict[str, Any]] = {}
     conformance_epochs: ClassVar[int] = 1
+    #: The `(c, h, w)` of the suite's images, for methods that do not take small grey ones (and are exempt from "sizes").
+    conformance_shape: ClassVar[tuple[int, int, int]] = (1, 16, 16)
 
     name: str = ""  # the registry's name, set by make_detector
     image_shape_: tuple[int, int, int]

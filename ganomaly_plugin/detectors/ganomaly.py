@@ -7,7 +7,7 @@ distance of z and ẑ. Defaults and details are those of the authors' public cod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -76,6 +76,8 @@ class GanomalyRecipe(Recipe):
     betas: tuple[float, float] = (0.5, 0.999)
     adversarial: Literal["feature-matching", "bce", "feature-matching-detached"] = "feature-matching"
     redraw_below: float = 1e-5
+
+    conformance_hparams: ClassVar[dict[str, Any]] = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()

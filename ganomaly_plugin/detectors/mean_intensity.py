@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class MeanIntensity(BaseDetector):
     Args:
         side: "both" (darker and brighter are anomalous alike), "dark" or "bright".
     """
+
+    conformance_exemptions: ClassVar[dict[str, str]] = {"seed_matters": "deterministic: nothing is drawn at random"}
 
     def __init__(self, side: Literal["both", "dark", "bright"] = "both") -> None:
         if side not in ("both", "dark", "bright"):
