@@ -25,7 +25,7 @@ from ganomaly_plugin.conformance.subject import (
     seed_global_rngs,
 )
 from ganomaly_plugin.core import canonical_json
-from ganomaly_plugin.metrics import auroc
+from ganomaly_plugin.metrics import auroc, check_scores
 from ganomaly_plugin.registry import entries, load_detector, make_detector
 
 FLOOR = 0.7  # AUROC on the toy problem; chance is 0.5
@@ -139,6 +139,8 @@ def on_epoch(subject: Subject) -> str:
         last = current.score(subject.test.copy())
 
     detector.fit(subject.train.copy(), seed=0, epochs=2, device=subject.device, on_epoch=note)
+    if not calls and not hasattr(detector, "has_epochs"):
+        raise Exempt("it does not say has_epochs, and calls nothing")
     if len(calls) < 2 or calls != list(range(1, len(calls) + 1)):
         raise Failed(f"expected calls for epochs 1, 2 (and on, for further stages), got {calls}")
     expect_equal(last, detector.score(subject.test.copy()), "scores after the last epoch and after fit")
@@ -185,7 +187,7 @@ def beats_chance(subject: Subject) -> str:
     is_anomaly = np.arange(60) % 2 == 1  # interleaved, so that batch statistics see both kinds
     images = np.empty((60, *subject.shape), np.uint8)
     images[~is_anomaly], images[is_anomaly] = normals(30, subject.shape, seed=7), anomalies(30, subject.shape, seed=8)
-    value = auroc(is_anomaly, np.asarray(detector.score(images)))
+    value = auroc(is_anomaly, check_scores(detector.score(images), len(images), subject.name))
     if not value >= FLOOR:
         budget = f" after {subject.epochs or 'its default'} epochs (conformance_epochs)" if subject.has_epochs else ""
         raise Failed(f"expected an AUROC of at least {FLOOR} on the toy problem, got {value:.3f}{budget}")
@@ -205,7 +207,7 @@ def cuda(subject: Subject) -> str:
         detector.save(path)
         loaded: Any = load_detector(path, device="cpu", name=subject.name)
     # Loose: convolutions on CUDA may round to TF32.
-    expect_equal(detector.score(subject.test.copy()), loaded.score(subject.test.copy()), "loaded on the CPU", tolerance=0.05)
+    expect_equal(detector.score(subject.test.copy()), loaded.score(subject.test.copy()), "loaded on the CPU", tolerance=0.02)
     return "fits, scores, and loads on the CPU"
 
 
