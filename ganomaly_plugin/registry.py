@@ -54,6 +54,9 @@ DATASETS = (
     _builtin("cifar100", "datasets.torchvision_sets:cifar100", "60,000 colour photographs, 32×32; labels=fine|coarse"),
     _builtin("svhn", "datasets.torchvision_sets:svhn", "99,289 house number digits in colour, 32×32"),
     _builtin("stl10", "datasets.torchvision_sets:stl10", "13,000 colour photographs of 10 things, 96×96"),
+    _builtin("elpv", "datasets.elpv:load", "2,624 solar cells with real defects; subset=all|mono|poly"),
+    _builtin("folder:", "datasets.folder:load", "any folder of images, as folder:PATH"),
+    _builtin("anomalib:", "datasets.anomalib_sets:load", "MVTec AD, VisA, BTech, ..., as anomalib:MVTecAD"),
 )
 
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}

@@ -48,11 +48,11 @@ class ImageDataset:
     def digest(self) -> str:
         """sha256 over pixels, labels, classes and the official split."""
         content = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
-        content.update(np.ascontiguousarray(self.labels, dtype=np.int64))
+        content.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
         if self.is_test is not None:
-            content.update(np.ascontiguousarray(self.is_test, dtype=np.uint8))
+            content.update(np.ascontiguousarray(self.is_test, dtype=np.uint8).data)
         for start in range(0, len(self.images), 4096):  # a memory map is read a piece at a time
-            content.update(np.ascontiguousarray(self.images[start : start + 4096]))
+            content.update(np.ascontiguousarray(self.images[start : start + 4096]).data)
         return content.hexdigest()
 
 

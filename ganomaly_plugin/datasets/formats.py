@@ -121,8 +121,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     _ALLOWED: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
     }
 
@@ -161,7 +161,7 @@ def read_cifar_pickles(paths: list[Path], *, label_key: str = "labels") -> list[
 
 def read_svhn(paths: list[Path]) -> list[Part]:
     """SVHN's cropped digits: X (32, 32, 3, n) and y (n, 1), where 10 stands for digit 0."""
-    from scipy.io import loadmat, whosmat
+    from scipy.io import loadmat, whosmat  # type: ignore[import-untyped]
 
     def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content = loadmat(str(path))

@@ -24,7 +24,7 @@ from ganomaly_plugin.datasets.torchvision_table import Layout, TorchvisionSet
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
 
 _STALL_SECONDS = 20  # without network a download gives up after this
-_CHUNK_BYTES = 4 << 20  # of uint8 pixels that are resized at once, as floats four times that
+_CHUNK_BYTES = 1 << 20  # of uint8 pixels that are resized at once, as floats four times that
 
 
 def _loader(name: str) -> Callable[..., ImageDataset]:
@@ -133,8 +133,8 @@ def missing(entry: TorchvisionSet, root: Path) -> str:
         absent = [file for file in layout.files if not (root / file).is_file() and not (root / f"{file}.gz").is_file()]
         choices.append(", ".join(absent))
     return (
-        f"Data set {entry.name!r} is not complete under {root.absolute()}. Put there {' or '.join(choices)}; or set --data-root "
-        f"or {ROOT_VARIABLE} to the folder that has them; or run `bench data get {entry.name}` where there is network."
+        f"Data set {entry.name!r} is not complete under {root.absolute()}. Put there {' or '.join(choices)}; or set "
+        f"--data-root or {ROOT_VARIABLE} to the folder that has them; or run `bench data get {entry.name}` on a network."
     )
 
 

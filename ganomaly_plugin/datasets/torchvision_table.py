@@ -74,6 +74,11 @@ PUBLISHED_MD5 = {
     "stl10_binary/test_y.bin": "36f9794fa4beb8a2c72628de14fa638e",
 }
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _DIGITS = tuple(string.digits)
 _TRAIN = ({"train": True},)  # torchvision downloads both parts with either
 _EACH_SPLIT = ({"split": "train"}, {"split": "test"})
@@ -91,19 +96,20 @@ EMNIST_CLASSES = {
 }
 
 CIFAR100_CLASSES = {
-    "fine": tuple(
-        """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-        caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-        forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-        mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-        possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-        sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-        willow_tree wolf woman worm""".split()
+    "fine": _words(
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster "
+        "man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+        "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+        "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+        "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
     ),
-    "coarse": tuple(
-        """aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices household_furniture
-        insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores
-        medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2""".split()
+    "coarse": _words(
+        "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices "
+        "household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes "
+        "large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees "
+        "vehicles_1 vehicles_2"
     ),
 }
 

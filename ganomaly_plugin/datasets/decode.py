@@ -1,0 +1,187 @@
+"""One image file → uint8 pixels of the wanted size and channels; whatever is wrong with it → one reason."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ganomaly_plugin.errors import InvalidInput, one_line
+
+#: Images with more pixels are refused before they are decoded: Pillow's own limit against decompression bombs.
+PIXEL_LIMIT = 89_478_485
+
+_ENDINGS = "png jpg jpeg jpe jfif bmp dib tif tiff webp ppm pgm pbm pnm gif jp2 j2k tga avif"
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+FITS = ("crop", "pad")
+
+_GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16, I;16B, I;16L, I;16N
+
+
+class BadImage(Exception):
+    """An image file is not usable; the text is the reason, without the path."""
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings: what they warn of is either harmless here or found as an error. Wrap the thread pool."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, opened but not decoded; every failure inside, also of decoding, becomes BadImage."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > PIXEL_LIMIT:
+                raise BadImage(f"{width}×{height} is more than the limit of {PIXEL_LIMIT:,} pixels")
+            yield image
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image, whatever its name says") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than the limit of {PIXEL_LIMIT:,} pixels") from error
+    except PermissionError as error:
+        raise BadImage("no permission to read it") from error
+    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
+        raise BadImage(f"damaged: {error.strerror or error if isinstance(error, OSError) else error}") from error
+    except Exception as error:  # decoders meet hostile bytes with struct.error, ValueError, IndexError, ...
+        raise BadImage(f"damaged: {one_line(error)}") from error
+
+
+def is_grey(path: Path) -> bool:
+    """Whether the file's mode is grey: 1, 8, 16 or 32 bits a pixel, with alpha or without, or a palette of greys.
+
+    Raises:
+        BadImage: It cannot be opened.
+    """
+    with _opened(path) as image:
+        if image.mode in ("P", "PA"):
+            used = image.convert("RGB").getcolors(256) or []
+            return all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in used)
+        return image.mode in _GREY_MODES or image.mode.startswith("I;16")
+
+
+def read_upright(path: Path) -> Image.Image:
+    """The whole image, of mode L or RGB, turned as its EXIF orientation says.
+
+    16-bit values are scaled from [0, 65535], float ones from [0, 1]. Alpha is composited on black, which is what most
+    inspection backgrounds are. CMYK and palettes become RGB.
+
+    Raises:
+        BadImage: It cannot be decoded, or its values are on no known scale.
+    """
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        upright.load()
+        mode = upright.mode
+        if mode.startswith("I;16") or mode in ("I", "F"):
+            return Image.fromarray(_scaled(np.asarray(upright), 1.0 if mode == "F" else 65535.0))
+        if "A" in mode or "a" in mode or "transparency" in upright.info:
+            clear = upright.convert("RGBA")
+            black = Image.new("RGBA", clear.size, (0, 0, 0, 255))
+            upright = Image.alpha_composite(black, clear)
+        return upright.convert("L" if mode in _GREY_MODES else "RGB")
+
+
+def _scaled(values: np.ndarray, full: float) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= full):  # also NaN
+        raise BadImage(f"its values span [{low:g}, {high:g}], not [0, {full:g}]")
+    return np.round(values * (255 / full)).astype(np.uint8)
+
+
+def placement(width: int, height: int, size: int, fit: str) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """How an image is brought to `size`: the resized (width, height), and the box of the source it is resized from.
+
+    "crop" is the short side to `size`, then the centre, as torchvision's Resize and CenterCrop do for GANomaly's
+    authors; only what is kept is ever resized. "pad" is the long side to `size`; the rest stays black.
+    """
+    if fit == "pad":
+        scale = size / max(width, height)
+        return (max(1, round(width * scale)), max(1, round(height * scale))), (0, 0, width, height)
+    short = min(width, height)
+    wide, high = int(size * width / short), int(size * height / short)
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    box = (left * width / wide, top * height / high, (left + size) * width / wide, (top + size) * height / high)
+    return (size, size), box
+
+
+def _fitted(image: Image.Image, size: int, fit: str, how: Image.Resampling) -> Image.Image:
+    resized, box = placement(*image.size, size, fit)
+    part = image.resize(resized, how, box)
+    if resized == (size, size):
+        return part
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(part, ((size - resized[0]) // 2, (size - resized[1]) // 2))
+    return canvas
+
+
+def decode(path: Path, *, size: int, channels: int, fit: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """One image, bilinear and antialiased.
+
+    Args:
+        path: The file.
+        size: Side of the result, pixels.
+        channels: 1 (colour becomes luma) or 3.
+        fit: "crop" or "pad", see `placement`.
+
+    Returns:
+        uint8 `(channels, size, size)`, and the (width, height) of the upright original.
+
+    Raises:
+        BadImage: It is not usable.
+    """
+    upright = read_upright(path)
+    image = upright.convert("L" if channels == 1 else "RGB")
+    pixels = np.asarray(_fitted(image, size, fit, Image.Resampling.BILINEAR))
+    return pixels.reshape(size, size, channels).transpose(2, 0, 1), upright.size
+
+
+def decode_mask(path: Path, image_size: tuple[int, int], *, size: int, fit: str) -> tuple[np.ndarray, bool]:
+    """An image's mask of anomalous pixels, nearest neighbour; every value but 0 is anomalous.
+
+    Args:
+        path: The mask's file.
+        image_size: (width, height) of its image.
+        size: As of the image.
+        fit: As of the image.
+
+    Returns:
+        bool `(size, size)`, and whether a mask that marked something marks nothing at this size.
+
+    Raises:
+        BadImage: It is not usable, or not of its image's size.
+    """
+    try:
+        with _opened(path) as image:
+            mask = ImageOps.exif_transpose(image)
+            values = np.asarray(mask.convert("L") if mask.mode in ("P", "RGB", "RGBA", "CMYK", "LA") else mask)
+    except BadImage as error:
+        raise BadImage(f"its mask {path.name} is {error}") from error
+    if values.shape[::-1] != image_size:
+        w, h = image_size
+        raise BadImage(f"its mask {path.name} is {values.shape[1]}×{values.shape[0]}, the image {w}×{h}")
+    whole = Image.fromarray((values != 0).astype(np.uint8) * 255)
+    small = np.asarray(_fitted(whole, size, fit, Image.Resampling.NEAREST)) > 0
+    return small, bool(values.any() and not small.any())
+
+
+def check_options(channels: int, fit: str, on_bad_image: str, image_size: int) -> None:
+    """Raise InvalidInput for an option of image files that is not allowed."""
+    if channels not in (0, 1, 3):
+        raise InvalidInput(f"channels must be 0 (as the images), 1 or 3, got {channels}.")
+    if fit not in FITS:
+        raise InvalidInput(f"fit must be crop or pad, got {fit!r}.")
+    if on_bad_image not in ("fail", "skip"):
+        raise InvalidInput(f"on_bad_image must be fail or skip, got {on_bad_image!r}.")
+    if image_size < 1:
+        raise InvalidInput(f"image_size must be at least 1, got {image_size}.")
