@@ -14,7 +14,7 @@ from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selectio
 
 DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous/strict-v1"], "seeds": [0], "device": "auto"}
 #: What `bench run` does unless --config or --datasets says otherwise: an honest table in about a minute on two cores.
-QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "hparams": {"features": 16}, "out": "results/quickstart"}
+QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "preset": {"features": 16}, "out": "results/quickstart"}
 
 
 def ls(options: Any) -> int:

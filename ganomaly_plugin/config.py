@@ -29,7 +29,8 @@ class Experiment:
         seeds: Each class is run once a seed.
         epochs: Training budget of every model; None: each model's published one.
         image_size: Side of the images in pixels; None: the data set's default.
-        hparams: Hyperparameters for every model that has them.
+        hparams: Hyperparameters for every model that has them; one that no model has is an error.
+        preset: Likewise, from the quickstart: weaker than `hparams`, and ignored where no model has them.
         train_fraction: Share of the normal training images to train on.
         contamination: Share of the training images that are anomalies.
         limit: Only the first so many jobs.
@@ -46,6 +47,7 @@ class Experiment:
     epochs: int | None = None
     image_size: int | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
+    preset: Mapping[str, Any] = field(default_factory=dict)
     train_fraction: float = 1.0
     contamination: float = 0.0
     limit: int | None = None
@@ -167,7 +169,8 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
     cls = resolve("detector", name)
     known = default_hparams(cls)
     shared = {key: value for key, value in experiment.hparams.items() if key in known}
-    given = {**shared, **options}
+    preset = {key: value for key, value in experiment.preset.items() if key in known}
+    given = {**preset, **shared, **options}
     epochs = given.pop("epochs", experiment.epochs) if "epochs" not in known else experiment.epochs
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
         raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")

@@ -129,6 +129,13 @@ def dcgan_init(module: nn.Module) -> None:
 
 
 def bce(logits: Tensor, real: bool) -> Tensor:
-    """Mean binary cross-entropy of `sigmoid(logits)` against all-real or all-fake, logarithms cut at -100 (torch's BCELoss)."""
-    target = torch.ones_like(logits) if real else torch.zeros_like(logits)
-    return nn.functional.binary_cross_entropy(torch.sigmoid(logits), target)
+    """Mean binary cross-entropy of `sigmoid(logits)` against all-real or all-fake; NaN when a logit is.
+
+    As in the authors' code it is torch's BCELoss on probabilities, whose logarithms stop at -100 and whose gradient
+    fades for saturated logits. That one refuses NaN with an error (on CUDA it ends the process), hence the detour.
+    """
+    p = torch.sigmoid(logits)
+    diverged = p.isnan()
+    target = torch.ones_like(p) if real else torch.zeros_like(p)
+    loss = nn.functional.binary_cross_entropy(torch.where(diverged, 0.5, p), target)
+    return torch.where(diverged.any(), torch.nan, loss)

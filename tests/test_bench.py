@@ -1,0 +1,365 @@
+"""`bench run` and `bench tables` end to end on the digits: resume, failures as rows, bad input before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.report.tables import make_tables
+from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, write_tables
+from ganomaly_plugin.store import Store, read_record
+
+TINY = ["--hparams", "features=2,latent_dim=4", "--epochs", 1]
+FLOOR = ["run", "--models", "mean_intensity", "--classes", "0,1"]
+
+
+def records(out: Path) -> list[Path]:
+    return sorted((out / "records").glob("*.json"))
+
+
+def test_a_sweep_and_its_second_start(bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["run", "--models", "ganomaly,ae,mean_intensity", "--classes", "0,3", "--seeds", "0-1", *TINY, "--out", out]
+    code, stdout, stderr = bench(*words)
+    assert code == 0, stderr
+    assert "digits 16×16, one-anomalous/strict-v1: AUROC, last epoch; mean ± std over n = 2 seeds" in stdout
+    assert "[12/12]" in stderr and "AUROC" in stderr
+    assert len(records(out)) == 12 and len(list((out / "scores").glob("*.npz"))) == 12
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, again, stderr = bench(*words)
+    assert code == 0 and again == stdout and "12 done before, 0 failed before, 0 to run" in stderr
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    runs = pd.read_csv(out / "runs.csv")
+    assert len(runs) == 12 and set(runs["status"]) == {"done"} and runs["split_digest"].nunique() == 4
+    assert {"auroc", "auprc", "hparams.features", "counts.train", "seconds.fit", "environment.versions.torch"} <= set(runs)
+    auc = pd.read_csv(out / "auc.csv")
+    row = auc[(auc["metric"] == "auroc") & auc["detector"].str.startswith("ganomaly")].iloc[0]
+    mine = runs[runs["name"] == "ganomaly"]
+    assert row["0"] == pytest.approx(mine[mine["class"] == 0]["auroc"].mean())
+    assert row["mean_std"] == pytest.approx(mine.groupby("seed")["auroc"].mean().std())
+    record = read_record(records(out)[0])
+    arrays = Store(out).scores(record.job)
+    assert arrays["score"].dtype == np.float64 and arrays["score"].shape == arrays["is_anomaly"].shape
+    assert record.counts["test_anomalous"] == arrays["is_anomaly"].sum() and record.reference == "held-out"
+
+
+def test_a_job_does_not_depend_on_its_neighbours(bench, tmp_path: Path) -> None:
+    alone, among = tmp_path / "alone", tmp_path / "among"
+    assert bench("run", "--models", "ganomaly", "--classes", "3", "--seeds", "1", *TINY, "--out", alone)[0] == 0
+    assert bench("run", "--models", "ae,ganomaly", "--classes", "3,0", "--seeds", "1,0", *TINY, "--out", among)[0] == 0
+    (path,) = records(alone)
+    here, there = read_record(path), read_record(among / "records" / path.name)
+    assert here.metrics == there.metrics and here.split_digest == there.split_digest and here.history == there.history
+
+
+def test_paper_protocol_keeps_the_oracle_apart(bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--protocols", "one-anomalous/paper-v1", "--classes", "0", "--hparams", "features=2,latent_dim=4"]
+    code, stdout, _ = bench("run", "--models", "ganomaly", *words, "--epochs", 3, "--out", out)
+    assert code == 0
+    record = read_record(records(out)[0])
+    assert record.job.hparams["batchnorm"] == "batch" and record.reference == "train"
+    curve = [epoch["oracle_auroc"] for epoch in record.history]
+    assert len(curve) == 3 and curve[-1] == record.metrics["auroc"] and max(curve) == record.metrics["auroc_oracle"]
+    assert curve.index(max(curve)) + 1 == record.metrics["oracle_epoch"]
+    titles = [line for line in stdout.splitlines() if line.startswith("digits")]
+    assert len(titles) == 3 and [("ORACLE" in title) for title in titles] == [False, False, True]
+    assert record.counts == {"train": 1295, "reference": 1295, "test_normal": 324, "test_anomalous": 178}
+
+
+def test_failures_are_rows_and_the_sweep_goes_on(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text(
+        "import numpy as np\n"
+        "class Broken:\n"
+        "    def __init__(self, how: str = 'raise'): self.how = how\n"
+        "    def fit(self, images, **kwargs):\n"
+        "        if self.how == 'raise': raise RuntimeError('no luck\\nat all')\n"
+        "        return self\n"
+        "    def score(self, images):\n"
+        "        return {'nan': np.full(len(images), np.nan), 'shape': np.zeros((len(images), 2))}[self.how]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    broken = ",".join(f"broken_package:Broken[how={how}]" for how in ("raise", "nan", "shape"))
+    words = ["run", "--models", f"{broken},mean_intensity", "--classes", "0", "--out", out]
+    code, stdout, stderr = bench(*words)
+    assert code == 1
+    assert "RuntimeError: no luck at all" in stderr
+    assert "returned 360 scores that are not finite" in stderr or "scores that are not finite" in stderr
+    assert "returned scores of shape (" in stderr and "wanted (" in stderr
+    assert "–" in stdout and "mean_intensity" in stdout
+    runs = pd.read_csv(out / "runs.csv")
+    assert sorted(runs["status"]) == ["done", "failed", "failed", "failed"]
+    failed = [read_record(path) for path in records(out) if read_record(path).status == "failed"]
+    assert any("broken_package.py" in (record.traceback or "") for record in failed)
+    code, _, stderr = bench(*words)
+    assert code == 1 and "1 done before, 3 failed before, 0 to run" in stderr and "--retry-failed" in stderr
+    (tmp_path / "broken_package.py").write_text(
+        (tmp_path / "broken_package.py").read_text().replace("np.full(len(images), np.nan)", "np.arange(len(images))")
+    )
+    sys.modules.pop("broken_package")
+    code, _, stderr = bench(*words, "--retry-failed")
+    assert code == 1 and "3 to run" in stderr
+    assert sorted(pd.read_csv(out / "runs.csv")["status"]) == ["done", "done", "failed", "failed"]
+
+
+def test_dry_run_does_nothing(bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = bench(*FLOOR, "--out", out, "--dry-run")
+    assert code == 0 and not out.exists() and "2 jobs: 0 done, 0 failed, 2 missing" in stdout
+    assert bench(*FLOOR, "--out", out, "--limit", 1)[0] == 0
+    code, stdout, _ = bench(*FLOOR, "--out", out, "--dry-run")
+    assert "2 jobs: 1 done, 0 failed, 1 missing" in stdout and len(records(out)) == 1
+
+
+def test_config_file_with_the_command_line_on_top(bench, tmp_path: Path) -> None:
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        "models: [mean_intensity, {name: ae, options: {features: 2, lr: 1e-3}}]\n"
+        "datasets: [digits]\nprotocols: [one-normal/strict-v1]\nclasses: [3, 4]\nseeds: 0-1\nepochs: 2\n"
+        f"out: {tmp_path / 'out'}\n"
+    )
+    code, stdout, _ = bench("run", "--config", config, "--classes", "4", "--dry-run")
+    assert code == 0 and "4 jobs" in stdout and "class 3" not in stdout
+    assert "ae[epochs=2,features=2,lr=0.001]" in stdout and "one-normal/strict-v1" in stdout
+    code, stdout, _ = bench("run", "--config", config, "--seeds", "5", "--epochs", "15", "--dry-run")
+    assert "seed 5" in stdout and "seed 0" not in stdout and "ae[features=2,lr=0.001]" in stdout
+
+
+def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
+    keys = set()
+    for models in ("ganomaly", "ganomaly[features=64]", "ganomaly[epochs=15,lr=2e-4]"):
+        _, stdout, _ = bench(
+            "run", "--models", models, "--datasets", "digits", "--classes", "0", "--dry-run", "--out", tmp_path / "o"
+        )
+        keys.add(stdout.splitlines()[0].rsplit(" ", 1)[1])
+    assert len(keys) == 1
+    _, stdout, _ = bench("run", "--models", "*e", "--classes", "0", "--dry-run", "--out", tmp_path / "o")
+    assert " ae[" in stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["run"], "No models given"),
+        (["run", "--models", "ganomoly"], "Did you mean 'ganomaly'"),
+        (["run", "--models", "zzz*"], "Unknown detector pattern"),
+        (["run", "--models", "ganomaly[feature=3]"], "Did you mean 'features'"),
+        (["run", "--models", "ganomaly[features=x]"], "features must be"),
+        (["run", "--models", "ganomaly[features]"], "Write key=value"),
+        (["run", "--models", "ganomaly", "--datasets", "digit"], "Did you mean 'digits'"),
+        (["run", "--models", "ganomaly", "--datasets", "digits[size=3]"], "Unknown option of data set digits"),
+        (["run", "--models", "ganomaly", "--datasets", "digits[image_size=x]"], "image_size"),
+        (["run", "--models", "ganomaly", "--protocols", "one-anomalous/strict-v2"], "Did you mean 'one-anomalous/strict-v1'"),
+        (["run", "--models", "ganomaly", "--classes", "0,cat"], "Unknown class 'cat'"),
+        (["run", "--models", "ganomaly", "--image-size", 33], "multiple of 16"),
+        (["run", "--models", "ganomaly", "--image-size", 0], "image_size must be at least 1"),
+        (["run", "--models", "ganomaly", "--seeds", "2-0"], "runs backwards"),
+        (["run", "--models", "ganomaly", "--seeds", "one"], "Cannot read the seeds"),
+        (["run", "--models", "ganomaly", "--epochs", 0], "epochs must be at least 1"),
+        (["run", "--models", "ganomaly", "--epochs", "many"], "--epochs must be a whole number, got many"),
+        (["run", "--models", "ganomaly", "--limit", 0], "limit must be at least 1"),
+        (["run", "--models", "ganomaly", "--hparams", "depth=3"], "No selected model has a hyperparameter 'depth'"),
+        (["run", "--models", "ganomaly", "--device", "cuda:99"], "cuda"),
+        (["run", "--modles", "ganomaly"], "Did you mean 'models'"),
+        (["run", "--model", "ganomaly"], "Did you mean 'models'"),
+        (["run", "--config", "no.yaml"], "no.yaml. Give the path of a YAML file"),
+        (["tables", "no_folder"], "not a results folder"),
+        (["ls", "nothing*"], "Nothing is called"),
+        (["verify", "none.npz"], "No recording at none.npz"),
+        (["speed", "--repeats", 2], "repeats must be at least 5"),
+        (["rum"], "invalid choice"),
+        ([], "bench --help"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(bench, tmp_path: Path, words: list, wanted: str) -> None:
+    out = ["--out", tmp_path / "out"] if words[:1] == ["run"] else []
+    code, stdout, stderr = bench(*words, *out)
+    assert code == 2 and stdout == ""
+    assert stderr.startswith("bench: error: ") and stderr.count("\n") == 1
+    assert wanted in stderr and not (tmp_path / "out").exists()
+
+
+def test_unknown_config_key(bench, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    for text, wanted in (
+        ("model: [ae]\n", "Did you mean 'models'"),
+        ("models: [ae\n", "bench run --help"),
+        ("models: [{nam: ae}]\n", "A model is name"),
+        ("models: [ae]\nhparams: 3\n", "hparams must be name: value pairs"),
+        ("- models\n", "bench: error"),
+    ):
+        config.write_text(text)
+        code, _, stderr = bench("run", "--config", config, "--out", tmp_path / "out")
+        assert code == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_output_folders_that_cannot_be_used(bench, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    code, _, stderr = bench(*FLOOR, "--out", foreign)
+    assert code == 2 and "not a results folder" in stderr and [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below", "/proc/results"):
+        code, _, stderr = bench(*FLOOR, "--out", out)
+        assert code == 2 and "Cannot write to the output folder" in stderr and stderr.count("\n") == 1
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "bench.json").write_text('{"ganomaly_plugin_results": 99}')
+    assert "format 99" in bench(*FLOOR, "--out", newer)[2]
+    (newer / "bench.json").write_text("{")
+    assert "damaged" in bench(*FLOOR, "--out", newer)[2]
+
+
+def test_damaged_records_stop_the_run_and_nothing_is_lost(bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert bench(*FLOOR, "--out", out)[0] == 0
+    first, second = records(out)
+    whole, kept = first.read_bytes(), second.read_bytes()
+    edited = json.loads(whole)
+    edited["job"]["seed"] = 7
+    wrong = json.loads(whole)
+    wrong["metrics"]["auroc"] = 9.5
+    lacking = {k: v for k, v in json.loads(whole).items() if k != "job"}
+    for damage in (whole[:200], b"", b"[]", b"null", *(json.dumps(c).encode() for c in (edited, wrong, lacking))):
+        first.write_bytes(damage)
+        for words in ([*FLOOR, "--out", out], ["tables", out]):
+            code, _, stderr = bench(*words)
+            assert code == 2 and first.name in stderr and "Delete it" in stderr and stderr.count("\n") == 1
+    assert first.read_bytes() == damage and second.read_bytes() == kept
+    first.unlink()
+    assert bench(*FLOOR, "--out", out)[0] == 0
+    assert json.loads(first.read_bytes())["metrics"] == json.loads(whole)["metrics"]
+    scores = next((out / "scores").glob("*.npz"))
+    scores.write_bytes(scores.read_bytes()[:100])
+    code, _, stderr = bench(*FLOOR, "--out", out)
+    assert code == 2 and "damaged" in stderr and "Delete" in stderr
+
+
+def fake_outcome(detector: str, category: str, seed: int, auroc: float | None, digest: str = "d") -> Outcome:
+    job = Job(detector, {}, "toy_set", {"image_size": 16}, "one-anomalous/strict-v1", category, seed, 1, label=detector)
+    if auroc is None:
+        return Outcome(RunRecord(job, "failed", error="out of luck"))
+    metrics = {"auroc": auroc, "auprc": auroc / 2}
+    arrays = {"score": np.arange(4.0), "is_anomaly": np.array([0, 0, 1, 1], bool), "reference_score": np.arange(20.0)}
+    return Outcome(
+        RunRecord(job, "done", metrics=metrics, split_digest=f"{digest}{category}{seed}", reference="held-out"), arrays
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(tmp_path / "made", create=True)
+    values = {"a_1": (0.9, 0.8, 0.7, 0.6), "b": (0.8, 0.8, 0.9, None), "c&%": (0.5, 0.5, 0.5, 0.5)}
+    for detector, (c0s0, c0s1, c1s0, c1s1) in values.items():
+        for category, seed, value in (("x", 0, c0s0), ("x", 1, c0s1), ("y", 0, c1s0), ("y", 1, c1s1)):
+            made.put(fake_outcome(detector, category, seed, value))
+    return made
+
+
+def test_cells_by_hand(store: Store) -> None:
+    table = make_tables(runs_frame(store.records()))[0]
+    a, b = table.cells["a_1"], table.cells["b"]
+    assert (a["x"].mean, a["x"].std, a["x"].n) == (pytest.approx(0.85), pytest.approx(0.1 / 2**0.5), 2)
+    assert a["mean"].mean == pytest.approx(0.75) and a["mean"].std == pytest.approx(0.1 / 2**0.5)  # of 0.8 and 0.7
+    assert (b["y"].n, b["y"].wanted, b["mean"].n) == (1, 2, 1) and b["mean"].mean == pytest.approx(0.85)
+    assert table.ranks("x") == ({"a_1"}, {"b"})
+    assert table.ranks("y") == ({"a_1"}, {"c&%"})  # b lacks a seed there, and does not compete
+    assert table.ranks("mean") == ({"a_1"}, {"c&%"})
+
+
+def test_tables_as_text(store: Store) -> None:
+    tables = make_tables(runs_frame(store.records()))
+    latex, markdown = to_latex(tables), to_markdown(tables)
+    assert r"a\_1 & \textbf{0.850 $\pm$ 0.071} & \textbf{0.650" in latex and r"c\&\% &" in latex
+    assert r"\underline{0.800 $\pm$ 0.000}" in latex and "0.900 (1/2)" in latex and r"toy\_set" in latex
+    assert "| **0.850 ± 0.071** |" in markdown and "<u>0.800 ± 0.000</u>" in markdown
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine: the LaTeX table was not compiled")
+def test_latex_compiles(store: Store, tmp_path: Path) -> None:
+    store.put(fake_outcome("ugly_^~\\{}$#<>|é\n[k=1,b=true]", "x", 0, 0.3))
+    write_tables(store)
+    body = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{auc.tex}\end{document}"
+    (store.folder / "paper.tex").write_text(body)
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(words, cwd=store.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (store.folder / "paper.pdf").stat().st_size > 1000
+
+
+def test_rows_from_other_splits_are_refused(store: Store, bench) -> None:
+    store.put(fake_outcome("d", "x", 0, 0.7, digest="other"))
+    code, _, stderr = bench("tables", store.folder)
+    assert code == 2 and "different images or splits" in stderr
+
+
+def test_formulas_stay_text_in_spreadsheets(tmp_path: Path) -> None:
+    made = Store(tmp_path / "made", create=True)
+    made.put(fake_outcome("=cmd|' /C calc'!A0", "x", 0, 0.5))
+    write_tables(made)
+    for name in ("runs.csv", "auc.csv"):
+        text = (made.folder / name).read_text()
+        assert "'=cmd" in text and "\n=cmd" not in text and ",=cmd" not in text and '"=cmd' not in text
+
+
+def test_classification_report_by_hand(store: Store, bench) -> None:
+    code, out, _ = bench("tables", store.folder, "--report", "--fpr", "0.5")
+    assert code == 0 and "recall" in out and "macro avg" in out and "weighted avg" in out
+    # Reference scores 0..19: at a rate of 1/2 the threshold is the 11th smallest, 10; no test score (0..3) is above it.
+    assert "held-out normal images" in out and ": 10 to 10, one for each of 4 jobs" in out
+    assert bench("tables", store.folder, "--report", "--fpr", "1.5")[0] == 2
+    code, out, _ = bench("tables", store.folder, "--report", "--per-class")
+    assert out.count("weighted avg") == 11
+
+
+@pytest.mark.parametrize("form", ["text", "md", "csv", "latex"])
+def test_tables_come_from_records_alone(store: Store, bench, form: str) -> None:
+    code, out, _ = bench("tables", store.folder, "--format", form)
+    assert code == 0 and "0.85" in out
+    assert bench("tables", store.folder, "--format", "word")[0] == 2
+
+
+def test_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
+    """A real SIGINT to a real process: exit 130, finished records stay, and the next start goes on from there."""
+    import signal
+
+    out = tmp_path / "out"
+    words = [
+        sys.executable,
+        "-m",
+        "ganomaly_plugin",
+        "run",
+        "--models",
+        "mean_intensity,ganomaly[epochs=3000]",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        [*words, "--classes", "0"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "[1/2]" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "mean_intensity" in stdout
+    (path,) = records(out)
+    assert read_record(path).status == "done" and (out / "auc.csv").is_file()

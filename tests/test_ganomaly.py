@@ -1,0 +1,199 @@
+"""GANomaly: its numbers by hand, its facts from the paper, and the authors' checkpoint files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+
+from ganomaly_plugin import load_authors_checkpoint, make_detector, save_authors_checkpoint
+from ganomaly_plugin.detectors.ganomaly import (
+    GanomalyRecipe,
+    adversarial_loss,
+    contextual_loss,
+    discriminator_loss,
+    encoder_loss,
+)
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.images import to_float
+from ganomaly_plugin.networks import Decoder, Encoder, halvings
+from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, train
+
+SMALL = {"features": 4, "latent_dim": 8}
+CPU = torch.device("cpu")
+
+
+def parameters(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_size_of_the_paper_networks() -> None:
+    networks = GanomalyRecipe().build((1, 32, 32))
+    assert parameters(networks["generator"]) == 3_200_384
+    assert parameters(networks["discriminator"]) == 661_248
+
+
+def test_losses_by_hand() -> None:
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]])
+    assert adversarial_loss(a, b).item() == pytest.approx((1 + 9) / 2)
+    assert contextual_loss(a, b).item() == pytest.approx((1 + 3) / 2)
+    assert encoder_loss(a, b).item() == pytest.approx((1 + 9) / 2)
+    logits = torch.tensor([0.0, math.log(3)])  # sigmoid: 1/2 and 3/4
+    wanted = 0.5 * (-(math.log(1 / 2) + math.log(3 / 4)) / 2 - (math.log(1 / 2) + math.log(1 / 4)) / 2)
+    assert discriminator_loss(logits, logits).item() == pytest.approx(wanted)
+
+
+def test_feature_matching_gives_no_gradient_to_the_real_features() -> None:
+    real, fake = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    adversarial_loss(real, fake).backward()
+    assert real.grad is None and fake.grad is not None
+
+
+def test_initial_weights_are_dcgan() -> None:
+    generator = build_networks(GanomalyRecipe(), (3, 32, 32), seed=0)["generator"]
+    for module in generator.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)) and module.weight.numel() > 20_000:
+            assert module.bias is None
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            assert abs(module.weight.mean().item()) < 0.001
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.weight.mean().item() == pytest.approx(1.0, abs=0.02) and not module.bias.any()
+
+
+@pytest.mark.parametrize(("side", "count", "last"), [(16, 2, 4), (32, 3, 4), (128, 5, 4), (48, 4, 3), (80, 4, 5), (112, 4, 7)])
+def test_every_multiple_of_16_goes_through_the_networks(side: int, count: int, last: int) -> None:
+    assert halvings(side) == (count, last)
+    x = torch.zeros(1, 1, side, side)
+    z = Encoder(side, 1, 2, 3)(x)
+    assert z.shape == (1, 3, 1, 1) and Decoder(side, 1, 2, 3).eval()(z).shape == x.shape
+
+
+def step_losses(recipe: GanomalyRecipe) -> dict[str, float]:
+    trainer = PlainTrainer(recipe, build_networks(recipe, (1, 16, 16), 0), seed=0, device=CPU)
+    return {name: float(value) for name, value in trainer.step(torch.from_numpy(blobs(8))).items()}
+
+
+def test_total_is_the_weighted_sum_and_variants_differ() -> None:
+    losses = step_losses(GanomalyRecipe(**SMALL, w_adv=2, w_con=3, w_enc=5))
+    wanted = 2 * losses["adversarial"] + 3 * losses["contextual"] + 5 * losses["encoder"]
+    assert losses["generator"] == pytest.approx(wanted, rel=1e-6)
+    early = step_losses(GanomalyRecipe(**SMALL, adversarial="bce"))
+    assert early["adversarial"] == pytest.approx(math.log(2), abs=0.3) != losses["adversarial"]
+    assert early["contextual"] == losses["contextual"]
+
+
+def test_detached_features_leave_the_generator_to_the_other_losses() -> None:
+    images = torch.from_numpy(blobs(8))
+    weights = {}
+    for name, change in {"detached": {"adversarial": "feature-matching-detached"}, "without": {"w_adv": 0.0}}.items():
+        recipe = GanomalyRecipe(**SMALL, **change)
+        trainer = PlainTrainer(recipe, build_networks(recipe, (1, 16, 16), 0), seed=0, device=CPU)
+        trainer.step(images)
+        weights[name] = torch.cat([p.flatten() for p in trainer.networks["generator"].parameters()])
+    torch.testing.assert_close(weights["detached"], weights["without"])
+
+
+def test_a_collapsed_discriminator_is_drawn_anew() -> None:
+    def classifier(redraw_below: float, seed: int) -> torch.Tensor:
+        recipe = GanomalyRecipe(**SMALL, redraw_below=redraw_below)
+        trainer = PlainTrainer(recipe, build_networks(recipe, (1, 16, 16), 0), seed=seed, device=CPU)
+        trainer.step(torch.from_numpy(blobs(8)))
+        return trainer.networks["discriminator"].classifier[0].weight.detach().flatten()
+
+    kept, drawn, again, other = classifier(1e-5, 0), classifier(100.0, 0), classifier(100.0, 0), classifier(100.0, 1)
+    assert torch.equal(kept, classifier(0.0, 0)) and not torch.allclose(kept, drawn, atol=1e-3)
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other)
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_batch_statistics_depend_on_the_batch_and_running_ones_do_not() -> None:
+    images, alone = blobs(40, seed=1), 7
+    detector = make_detector("ganomaly", **SMALL).fit(images, epochs=2)
+    together = detector.score(images)
+    np.testing.assert_allclose(detector.score(images[alone : alone + 1])[0], together[alone], rtol=1e-5)
+    assert isinstance(detector, RecipeDetector)
+    before = {k: v.clone() for k, v in detector.networks_["generator"].state_dict().items()}
+    batch = make_detector("ganomaly", **SMALL, batchnorm="batch").fit(images, epochs=2)
+    scores = batch.score(images)
+    assert abs(batch.score(images[alone : alone + 1])[0] / scores[alone] - 1) > 0.001
+    np.testing.assert_array_equal(batch.score(images), scores)  # scoring remembers nothing
+    assert isinstance(batch, RecipeDetector)
+    after = batch.networks_["generator"].state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_input_range_is_the_authors_mnist_normalisation() -> None:
+    low, high = (0 - 0.1307) / 0.3081, (1 - 0.1307) / 0.3081
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    torch.testing.assert_close(to_float(pixels, (low, high)), (pixels / 255 - 0.1307) / 0.3081)
+    torch.testing.assert_close(to_float(pixels), torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def test_last_short_batch_is_dropped_unless_it_is_the_only_one() -> None:
+    rng = torch.Generator().manual_seed(0)
+    sizes = [len(index) for index in epoch_batches(10, 4, rng)]
+    assert sizes == [4, 4]
+    assert [len(index) for index in epoch_batches(3, 4, rng)] == [3]
+    seen = torch.cat(list(epoch_batches(8, 4, rng)))
+    assert sorted(seen.tolist()) == list(range(8))
+
+
+def test_diverging_training_names_loss_and_step() -> None:
+    from ganomaly_plugin.errors import Diverged
+
+    with pytest.raises(Diverged, match=r"loss '\w+' of stage 'train' is (nan|inf) at step \d+"):
+        make_detector("ganomaly", **SMALL, lr=1e30).fit(blobs(16), epochs=30)
+
+
+def test_networks_leave_torch_randomness_alone() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    recipe = GanomalyRecipe(**SMALL)
+    train(recipe, torch.from_numpy(blobs(8)), seed=0, epochs=1, device=CPU, after_epoch=lambda *_: None)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+def test_authors_checkpoint_round_trip(tmp_path: Path, extra: int) -> None:
+    images = blobs(12, channels=3, side=32)
+    fitted = make_detector("ganomaly", **SMALL, extra_layers=extra).fit(images, epochs=1)
+    assert isinstance(fitted, RecipeDetector)
+    save_authors_checkpoint(fitted, tmp_path)
+    content = torch.load(tmp_path / "netG.pth", weights_only=True)
+    assert content["epoch"] == 1 and "encoder1.main.initial-conv-3-4.weight" in content["state_dict"]
+    loaded = load_authors_checkpoint(tmp_path / "netG.pth", tmp_path / "netD.pth")
+    assert loaded.hparams == fitted.hparams and loaded.image_shape_ == (3, 32, 32)
+    np.testing.assert_array_equal(loaded.score(images), fitted.score(images))
+    alone = load_authors_checkpoint(tmp_path / "netG.pth", batchnorm="batch")
+    assert alone.hparams["batchnorm"] == "batch" and np.isfinite(alone.score(images)).all()
+
+
+def test_recorded_weights_load_as_a_checkpoint(golden: list[Path], tmp_path: Path) -> None:
+    """The recordings hold the authors' own state, under their names: a published netG.pth is the same."""
+    with np.load(golden[0]) as archive:
+        final = {k.removeprefix("final/g/"): torch.from_numpy(archive[k]) for k in archive.files if k.startswith("final/g/")}
+        test, scores = archive["test_images"], archive["test_scores_eval"]
+    torch.save({"epoch": 5, "state_dict": final}, tmp_path / "netG.pth")
+    detector = load_authors_checkpoint(tmp_path / "netG.pth")
+    np.testing.assert_allclose(detector.score(test), scores, rtol=1e-4)
+
+
+def test_bad_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="No checkpoint at"):
+        load_authors_checkpoint(tmp_path / "netG.pth")
+    (tmp_path / "netG.pth").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(CorruptFile, match="not a checkpoint"):
+        load_authors_checkpoint(tmp_path / "netG.pth")
+    torch.save({"epoch": 1, "state_dict": {"conv.weight": torch.zeros(1)}}, tmp_path / "netG.pth")
+    with pytest.raises(CorruptFile, match="no GANomaly generator"):
+        load_authors_checkpoint(tmp_path / "netG.pth")
+    with pytest.raises(InvalidInput, match="Only ganomaly"):
+        save_authors_checkpoint(make_detector("ae"), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(NotFitted):
+        save_authors_checkpoint(make_detector("ganomaly"), tmp_path)  # type: ignore[arg-type]

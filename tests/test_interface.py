@@ -1,0 +1,191 @@
+"""The public interface: names, hyperparameters, images, saving; each bad input is one clear line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+
+from ganomaly_plugin import list_detectors, load_detector, make_detector
+from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.registry import DATASETS, DETECTORS, entries, resolve
+
+SMALL = {"features": 4, "latent_dim": 8}
+
+
+def message(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_every_registered_name_resolves() -> None:
+    assert {"ganomaly", "ae", "mean_intensity"} <= set(list_detectors())
+    assert list_detectors("gano*") == ["ganomaly"]
+    for kind, table in (("detector", DETECTORS), ("data set", DATASETS)):
+        assert set(entries(kind)) >= {entry.name for entry in table}
+        for entry in table:
+            assert callable(resolve(kind, entry.name + ("x" if entry.name.endswith(":") else "")))
+
+
+def test_unknown_names_say_what_is_near() -> None:
+    with pytest.raises(InvalidInput) as error:
+        make_detector("ganomoly")
+    assert "Unknown detector 'ganomoly'. Did you mean 'ganomaly'? Known: " in message(error)
+    with pytest.raises(InvalidInput) as error:
+        make_detector("ganomaly", latent=3)
+    assert "Did you mean 'latent_dim'?" in message(error)
+    with pytest.raises(InvalidInput, match=r"Cannot import detector 'no\.such\.module:Class'"):
+        make_detector("no.such.module:Class")
+
+
+@pytest.mark.parametrize(
+    ("hparams", "words"),
+    [
+        ({"features": "wide"}, "features must be"),
+        ({"features": 1}, "features must be at least 2"),
+        ({"features": 2.5}, "features must be"),
+        ({"lr": 0}, "lr must be positive"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"betas": [0.5, 1.0]}, "betas must lie in"),
+        ({"betas": [0.5]}, "betas must be"),
+        ({"adversarial": "wgan"}, "adversarial must be"),
+        ({"batchnorm": "none"}, "batchnorm must be"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"input_range": [1, -1]}, "input_range must be"),
+        ({"extra_layers": -1}, "extra_layers must be at least 0"),
+        ({"w_con": float("nan")}, "w_con must be at least 0"),
+    ],
+)
+def test_bad_hyperparameters(hparams: dict, words: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        make_detector("ganomaly", **hparams)
+    assert words in message(error)
+
+
+def test_hyperparameters_are_what_was_given() -> None:
+    detector = make_detector("ganomaly", features=8, lr=1, betas=(0, 0.9))
+    assert detector.hparams["features"] == 8 and detector.hparams["lr"] == 1.0 and detector.hparams["betas"] == [0, 0.9]
+    assert make_detector("ganomaly", **detector.hparams).hparams == detector.hparams
+
+
+GOOD = blobs(4)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (GOOD[0], "shape (1, 16, 16)"),
+        (GOOD[:0], "empty"),
+        (np.where(np.arange(4)[:, None, None, None] == 2, np.nan, GOOD), "NaN (first in image 2)"),
+        (GOOD * 255, "rescale"),
+        (GOOD.astype(np.int64), "dtype int64"),
+        (GOOD.astype(str), "dtype"),
+        (np.zeros((4, 1, 16, 16), dtype=np.uint16), "16-bit"),
+        (blobs(4, side=24), "multiple of 16"),
+        (np.zeros((4, 1, 16, 32), dtype=np.uint8), "square"),
+        ([[1, 2], [3]], ""),
+    ],
+)
+def test_bad_images(images: object, words: str) -> None:
+    with pytest.raises((BenchError, ValueError)) as error:
+        make_detector("ganomaly", **SMALL).fit(images, epochs=1)
+    assert words in message(error)
+
+
+def test_score_wants_images_like_those_of_fit() -> None:
+    detector = make_detector("ae", **SMALL)
+    with pytest.raises(NotFitted, match="not fitted"):
+        detector.score(GOOD)
+    with pytest.raises(NotFitted, match="not fitted"):
+        detector.save("nowhere")
+    detector.fit(GOOD, epochs=1)
+    with pytest.raises(InvalidInput, match=r"3×16×16.*fitted on 1×16×16"):
+        detector.score(blobs(4, channels=3))
+    with pytest.raises(InvalidInput, match=r"1×32×32.*fitted on 1×16×16"):
+        detector.anomaly_map(blobs(4, side=32))
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"epochs": 1.5}, {"seed": -1}, {"seed": "0"}, {"device": "tpu9"}])
+def test_bad_fit_arguments(arguments: dict) -> None:
+    with pytest.raises(InvalidInput):
+        make_detector("ae", **SMALL).fit(GOOD, **arguments)
+
+
+def test_epochs_are_reported_and_counted() -> None:
+    seen = []
+    detector = make_detector("ganomaly", **SMALL, batch_size=4)
+    detector.fit(blobs(10), epochs=3, on_epoch=lambda epoch, d: seen.append((epoch, d.score(GOOD).shape)))
+    assert seen == [(1, (4,)), (2, (4,)), (3, (4,))]
+    assert len(detector.history_) == 3 and set(detector.history_[0]) >= {"generator", "discriminator"}
+    assert detector.describe()["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["ganomaly", "ae", "mean_intensity"])
+def test_save_and_load(tmp_path: Path, name: str) -> None:
+    detector = make_detector(name, **(SMALL if name != "mean_intensity" else {"side": "dark"}))
+    detector.fit(GOOD, epochs=1)
+    detector.save(tmp_path / "detector.pt")
+    loaded = load_detector(tmp_path / "detector.pt")
+    assert loaded.name == name and loaded.hparams == detector.hparams
+    np.testing.assert_array_equal(loaded.score(GOOD), detector.score(GOOD))
+    assert [p.name for p in tmp_path.iterdir()] == ["detector.pt"]
+
+
+def test_files_that_are_no_detectors(tmp_path: Path) -> None:
+    path = tmp_path / "detector.pt"
+    with pytest.raises(InvalidInput, match="No detector file"):
+        load_detector(path)
+    make_detector("mean_intensity").fit(GOOD).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptFile, match="not a readable detector file"):
+        load_detector(path)
+    torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(CorruptFile, match="not written by save"):
+        load_detector(path)
+    path.write_bytes(whole)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "name": "os:system"}, path)
+    with pytest.raises(InvalidInput, match="not registered"):
+        load_detector(path)
+    torch.save({**content, "state": {}}, path)
+    with pytest.raises(CorruptFile, match="not a complete detector file"):
+        load_detector(path)
+    with pytest.raises(InvalidInput, match="Cannot write"):
+        make_detector("mean_intensity").fit(GOOD).save(tmp_path / "no" / "folder.pt")
+
+
+def test_intensity_floor_by_hand() -> None:
+    train = np.stack([np.full((1, 16, 16), v, dtype=np.float32) for v in (-0.2, 0.2)])  # mean 0, standard deviation 0.2
+    test = np.stack([np.full((1, 16, 16), v, dtype=np.float32) for v in (-0.4, 0.1)])
+    for side, wanted in {"both": [2, 0.5], "dark": [2, -0.5], "bright": [-2, 0.5]}.items():
+        np.testing.assert_allclose(make_detector("mean_intensity", side=side).fit(train).score(test), wanted, rtol=1e-6)
+
+
+def test_help_and_ls_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from ganomaly_plugin.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "main(['ls']); heavy = {'torch', 'pandas', 'sklearn', 'anomalib', 'lightning', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_core_runs_without_anomalib_and_lightning() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('anomalib', 'lightning'): sys.modules[name] = None\n"
+        "import numpy as np; from ganomaly_plugin import make_detector\n"
+        "make_detector('ganomaly', features=2, latent_dim=2).fit(np.zeros((4, 1, 16, 16), np.uint8), epochs=1, device='cpu')\n"
+        "from ganomaly_plugin.cli import main\n"
+        "assert main(['run', '--models', 'mean_intensity', '--classes', '0', '--dry-run']) == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
