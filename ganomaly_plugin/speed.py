@@ -49,9 +49,8 @@ class AuthorsStep:
         networks = build_networks(recipe, chw, seed=0)
         self.generator = networks["generator"].to(device).train()
         self.discriminator = networks["discriminator"].to(device).train()
-        options = {"lr": recipe.lr, "betas": recipe.betas, "foreach": False, "fused": False}
-        self.adam_g = torch.optim.Adam(self.generator.parameters(), **options)
-        self.adam_d = torch.optim.Adam(self.discriminator.parameters(), **options)
+        self.adam_g = torch.optim.Adam(self.generator.parameters(), recipe.lr, recipe.betas, foreach=False, fused=False)
+        self.adam_d = torch.optim.Adam(self.discriminator.parameters(), recipe.lr, recipe.betas, foreach=False, fused=False)
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Train on one batch in [-1, 1] and return its losses."""

@@ -96,7 +96,7 @@ class Store:
             import io
 
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **dict(outcome.arrays))
+            np.savez_compressed(buffer, allow_pickle=False, **dict(outcome.arrays))
             atomic_write(self.scores_path(record.job), buffer.getvalue())
         text = json.dumps(record.to_dict(), indent=1, allow_nan=False)
         atomic_write(self.record_path(record.job), text.encode() + b"\n")

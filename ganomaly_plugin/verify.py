@@ -137,7 +137,7 @@ def _compare(recording: dict[str, Any], replay: Replayer, device: torch.device) 
 
 
 def _final_pairs(recording: dict[str, Any], trained: Networks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    pairs = {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for short, name in _NETWORKS.items():
         final = _tensors(recording, f"final/{short}/")
         state = {key: value for key, value in trained[name].state_dict().items() if short == "g" or not _is_statistic(key)}

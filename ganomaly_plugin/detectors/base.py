@@ -71,8 +71,9 @@ class BaseDetector(ABC):
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
             raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
         checked = check_images(images)
-        self.check_shape(tuple(checked.shape[1:]))
-        self.image_shape_ = tuple(checked.shape[1:])
+        _, c, h, w = checked.shape
+        self.check_shape((c, h, w))
+        self.image_shape_ = (c, h, w)
         self._fit(checked, seed=int(seed), epochs=epochs, device=resolve_device(device), on_epoch=on_epoch)
         return self
 
@@ -118,6 +119,7 @@ class BaseDetector(ABC):
 
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the detector cannot take images of `(c, h, w)`; called before any work."""
+        return  # any shape will do, unless a method says otherwise
 
     @property
     @abstractmethod

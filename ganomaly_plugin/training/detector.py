@@ -15,7 +15,7 @@ from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
-from ganomaly_plugin.training.plain import PlainTrainer, resident, train
+from ganomaly_plugin.training.plain import PlainTrainer, resident, to_device, train
 
 SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch
 
@@ -30,6 +30,8 @@ class RecipeDetector(BaseDetector):
     """
 
     has_epochs: ClassVar[bool] = True
+
+    networks_: Networks
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -113,7 +115,7 @@ class RecipeDetector(BaseDetector):
                 network.load_state_dict(states[name])
             except (KeyError, RuntimeError) as error:
                 raise CorruptFile(f"The weights do not fit network {name!r} of {self.name}: {error}.") from error
-        self.networks_ = {name: net.to(device, memory_format=torch.channels_last) for name, net in networks.items()}
+        self.networks_ = {name: to_device(net, device) for name, net in networks.items()}
         self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
         return self
 
