@@ -107,7 +107,7 @@ def resolve(kind: str, name: str) -> Any:
         raise unknown(kind, name, known, todo="Or give a class path, package.module:Class.")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing a user's module may raise anything, a SyntaxError first of all
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
     return functools.partial(found, argument) if in_family else found
 

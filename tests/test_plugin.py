@@ -1,0 +1,105 @@
+"""A detector of another package: installed with pip, found by its entry point, tested and run like a built-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ganomaly_plugin
+from ganomaly_plugin import list_detectors, make_detector
+from ganomaly_plugin.errors import InvalidInput
+
+EXAMPLE = Path(__file__).parent / "example_plugin"
+
+USE = """
+import json, sys
+import numpy as np
+from ganomaly_plugin import list_detectors, load_detector, make_detector
+from ganomaly_plugin.conformance import run_checks
+from ganomaly_plugin.registry import entries
+
+images = np.random.default_rng(0).integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)
+detector = make_detector("median_image", power=2).fit(images)
+detector.save("detector.pt")
+print(json.dumps({
+    "names": list_detectors(),
+    "source": entries("detector")["median_image"].source,
+    "scores": detector.score(images).tolist(),
+    "loaded": load_detector("detector.pt").score(images).tolist(),
+    "checks": {r.check: [r.status, r.detail] for r in run_checks("median_image")},
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pip installed the example package to, without a network."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))  # building writes there
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--no-cache-dir", "--quiet"]
+    command = [sys.executable, "-m", "pip", "install", *offline, "--target", str(folder / "site"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def test_an_installed_package_adds_a_detector(installed: Path, tmp_path: Path):
+    ours = Path(ganomaly_plugin.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ours)])}
+    command = [sys.executable, "-W", "error::Warning:example_plugin", "-c", USE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "median_image" in found["names"] and "ganomaly" in found["names"]
+    assert found["source"] == "ganomaly-example-plugin"
+    assert found["scores"] == found["loaded"] and len(found["scores"]) == 9
+    assert {check: detail for check, (status, detail) in found["checks"].items() if status == "failed"} == {}
+    exempt = {check for check, (status, _) in found["checks"].items() if status == "exempt"}
+    assert exempt - {"cuda"} == {"seed_matters", "on_epoch"}
+
+
+def claim(folder: Path, package: str, name: str, target: str) -> None:
+    """What pip leaves of `package`: metadata that claims a detector name."""
+    info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[ganomaly_plugin.detectors]\n{name} = {target}\n")
+
+
+def test_two_packages_with_one_name_are_an_error_that_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "first-pack", "median_image", "first:Median")
+    claim(tmp_path, "second-pack", "median_image", "second:Median")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidInput, match="'median_image' is claimed twice") as caught:
+        list_detectors()
+    text = str(caught.value)
+    assert "first-pack (first:Median)" in text and "second-pack (second:Median)" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("target", ["mine:Autoencoder", "ganomaly_plugin.detectors.ae:AutoencoderRecipe"])
+def test_a_package_cannot_take_a_built_in_name(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "greedy-pack", "ae", target)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidInput, match="'ae' is claimed twice") as caught:
+        make_detector("ae")
+    assert "ganomaly-plugin (ganomaly_plugin.detectors.ae" in str(caught.value) and "greedy-pack" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("import no_such_library", "No module named 'no_such_library'"), ("1 +", "SyntaxError"), ("1 / 0", "ZeroDivisionError")],
+)
+def test_a_package_that_cannot_be_imported_is_named(code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "broken-pack", "broken_one", "broken_module:Detector")
+    (tmp_path / "broken_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "broken_one" in list_detectors("broken*")  # listing imports nothing
+    with pytest.raises(InvalidInput, match="Cannot import detector 'broken_one'") as caught:
+        make_detector("broken_one")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
