@@ -88,6 +88,17 @@ def _add_ls(parser: Any) -> None:
     parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all)")
 
 
+def _add_test(parser: Any) -> None:
+    parser.add_argument("models", nargs="+", type=str, help="names, class paths module:Class, or shell patterns; [options]")
+    parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda or cuda:N")
+
+
+def _add_data(parser: Any) -> None:
+    parser.add_argument("action", choices=["ls", "check", "get"], help="what to do")
+    parser.add_argument("datasets", nargs="*", type=str, help="names with [options]; ls shows all without one")
+    parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
+
+
 def _add_verify(parser: Any) -> None:
     parser.add_argument("files", nargs="+", type=str, help="recordings (.npz)")
     parser.add_argument("--trainer", type=str, default="plain", help="which trainer replays them")
@@ -109,6 +120,8 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "run": (_add_run, "run a sweep of models × data sets × classes × seeds and write its tables"),
     "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
     "ls": (_add_ls, "list detectors, data sets and protocols"),
+    "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
+    "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
     "speed": (_add_speed, "time a training step against the same step in the authors' form"),
 }

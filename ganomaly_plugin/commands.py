@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, unknown
-from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selection
+from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selection, show
 
 DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous/strict-v1"], "seeds": [0], "device": "auto"}
 #: What `bench run` does unless --config or --datasets says otherwise: an honest table in about a minute on two cores.
@@ -146,6 +146,54 @@ def tables(options: Any) -> int:
         return 0
     print(WRITERS[options.format](write_tables(store, options.metrics)), end="")
     return 0
+
+
+def test(options: Any) -> int:
+    """Run the conformance suite on detectors; 1 when a check fails."""
+    from ganomaly_plugin.conformance import run_checks
+    from ganomaly_plugin.registry import entries
+
+    known = sorted(name for name in entries("detector") if not name.endswith(":"))
+    chosen = []
+    for item in options.models:
+        selection = parse_selection(item, "model")
+        matches = fnmatch.filter(known, selection.name) if any(c in selection.name for c in "*?") else [selection.name]
+        if not matches:
+            raise unknown("detector pattern", selection.name, known)
+        chosen += [(name, dict(selection.options)) for name in matches]
+    totals: Counter[str] = Counter()
+    for name, hparams in chosen:
+        print(show(name, hparams))
+        for result in run_checks(name, hparams, device=options.device):
+            print(f"  {result.status:7} {result.check} ({result.seconds:.1f} s): {result.detail}", flush=True)
+            totals[result.status] += 1
+    print(f"{totals['passed']} passed, {totals['failed']} failed, {totals['exempt']} exempt")
+    return 1 if totals["failed"] else 0
+
+
+def data(options: Any) -> int:
+    """List data sets, check their images, or get them; check: 1 when images are bad or in both train and test."""
+    from ganomaly_plugin.datasets import inspect
+    from ganomaly_plugin.registry import entries
+
+    names = options.datasets
+    if options.action == "ls" and not names:
+        names = sorted(name for name in entries("data set") if not name.endswith(":"))
+    if not names:
+        raise InvalidInput(f"Which data sets? Write bench data {options.action} NAME; bench data ls shows the names.")
+    ok = True
+    for item in names:
+        selection = parse_selection(item, "data set")
+        if options.action == "check":
+            report = inspect.check(selection.name, options.data_root, **selection.options)
+            print("\n".join(report.lines()))
+            ok &= report.ok
+        elif options.action == "get":
+            print("\n".join(inspect.get(selection.name, options.data_root, **selection.options)))
+        else:
+            content = inspect.describe(selection.name, options.data_root, **selection.options)
+            print("\n".join(inspect.describe_lines(content)))
+    return 0 if ok else 1
 
 
 def verify(options: Any) -> int:

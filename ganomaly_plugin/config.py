@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ganomaly_plugin.core import Job
-from ganomaly_plugin.datasets.base import ImageDataset, check_options, default_options, load_dataset
+from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
+from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.hparams import canonical_hparams, default_hparams
@@ -98,9 +99,8 @@ def expand(experiment: Experiment) -> list[Job]:
         sampling["contamination"] = experiment.contamination
     jobs: dict[str, Job] = {}
     unused = set(experiment.classes or [])
-    for selection in experiment.datasets:
-        options = dataset_options(selection, experiment.image_size)
-        dataset = load_dataset(selection.name, root=experiment.data_root, **options)
+    for name, options in select_datasets(experiment):
+        dataset = load_dataset(name, root=experiment.data_root, **options)
         shape = tuple(int(v) for v in dataset.images.shape[1:])
         for model in models:
             check_shape(model, shape)
@@ -113,7 +113,7 @@ def expand(experiment: Experiment) -> list[Job]:
                     make_split(dataset, protocol.id, category, seed, **sampling)
                     for model_fields in fields:
                         job = Job(
-                            dataset=selection.name,
+                            dataset=name,
                             data=options,
                             protocol=protocol.id,
                             category=category,
@@ -199,6 +199,16 @@ def check_shape(model: Model, chw: tuple[int, ...]) -> None:
         raise InvalidInput(f"{model.name}: {error}") from error
 
 
+def select_datasets(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
+    """The experiment's data sets with their options resolved; a set of categories counts once for each category."""
+    root = data_root(experiment.data_root)
+    return [
+        (name, dataset_options(Selection(name, options), experiment.image_size))
+        for selection in experiment.datasets
+        for name, options in expand_categories(selection.name, root, dict(selection.options))
+    ]
+
+
 def dataset_options(selection: Selection, image_size: int | None) -> dict[str, Any]:
     """The data set's options with defaults filled in; `image_size` applies unless the selection sets its own."""
     options = dict(selection.options)
@@ -215,9 +225,8 @@ def choose_classes(dataset: ImageDataset, protocol: Protocol, wanted: list[str] 
 
 def _all_categories(experiment: Experiment) -> list[str]:
     found: set[str] = set()
-    for selection in experiment.datasets:
-        options = dataset_options(selection, experiment.image_size)
-        dataset = load_dataset(selection.name, root=experiment.data_root, **options)
-        for name in experiment.protocols:
-            found |= set(categories(dataset, get_protocol(name)))
+    for name, options in select_datasets(experiment):
+        dataset = load_dataset(name, root=experiment.data_root, **options)
+        for protocol in experiment.protocols:
+            found |= set(categories(dataset, get_protocol(protocol)))
     return sorted(found)

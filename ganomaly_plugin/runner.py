@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from ganomaly_plugin.core import Detector, Executor, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import BenchError, one_line
+from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
 from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores
+from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.store import Store
@@ -88,6 +90,12 @@ def _run(job: Job, settings: Settings) -> Outcome:
         metrics["auroc_oracle"] = max(oracle.aurocs)
         metrics["oracle_epoch"] = float(np.argmax(oracle.aurocs)) + 1
         history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(oracle.aurocs)]
+    notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
+    notes["source"] = dict(dataset.source)
+    if split.contaminating:
+        notes["contaminating"] = split.contaminating
+    if dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
+        metrics |= _pixel_metrics(detector, test, dataset.masks[split.test], notes)
     n_anomalous = int(split.is_anomaly.sum())
     record = RunRecord(
         job=job,
@@ -102,12 +110,24 @@ def _run(job: Job, settings: Settings) -> Outcome:
         seconds={"fit": fit_seconds, "score": score_seconds},
         split_digest=split.digest,
         reference=origin,
-        notes={"describe": detector.describe() if hasattr(detector, "describe") else {}, "source": dict(dataset.source)},
+        notes=notes,
         environment=environment(device),
         history=history,
     )
     arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
     return Outcome(record, arrays)
+
+
+def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:
+    """Pixel AUROC and AUPRO of the anomaly maps; a measure that cannot be taken is a note instead."""
+    maps = np.asarray(detector.anomaly_map(test))
+    found = {}
+    for name, measure in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):
+        try:
+            found[name] = measure(maps, masks)
+        except InvalidInput as error:
+            notes[name] = one_line(error)
+    return found
 
 
 def _reference_scores(job: Job, detector: Detector, images: np.ndarray, split: Split) -> tuple[np.ndarray, str]:

@@ -9,6 +9,7 @@ from sklearn.metrics import classification_report
 
 from ganomaly_plugin.core import RunRecord, canonical_json
 from ganomaly_plugin.metrics import threshold_at
+from ganomaly_plugin.report.frame import split_category
 from ganomaly_plugin.report.tables import describe_data
 from ganomaly_plugin.store import Store
 
@@ -27,10 +28,11 @@ def decision_reports(store: Store, records: Iterable[RunRecord], false_positive_
         if record.status != "done":
             continue
         job = record.job
-        where = describe_data(job.dataset, canonical_json(dict(job.data)), canonical_json(dict(job.sampling)))
+        data, category = split_category(job)
+        where = describe_data(job.dataset, canonical_json(data), canonical_json(dict(job.sampling)))
         key: tuple[str, ...] = (job.label or job.detector, where, job.protocol)
         if per_class:
-            key = (*key, f"class {job.category}", f"seed {job.seed}")
+            key = (*key, f"class {category}", f"seed {job.seed}")
         groups.setdefault(key, []).append(record)
     return "\n".join(_report(store, key, group, false_positive_rate) for key, group in sorted(groups.items()))
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from ganomaly_plugin.core import RunRecord, canonical_json
+from ganomaly_plugin.core import Job, RunRecord, canonical_json
 from ganomaly_plugin.errors import InvalidInput
+
+ANOMALY = "anomaly"  # the class that all defects of a category share
 
 #: What rows of one table must share: AUROCs of different data or protocols do not compare.
 GROUP = ["dataset", "data", "protocol", "sampling"]
@@ -19,11 +21,12 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     rows = []
     for record in records:
         job = record.job
+        data, category = split_category(job)
         row: dict[str, Any] = {
             "detector": job.label or job.detector,
             "dataset": job.dataset,
             "protocol": job.protocol,
-            "class": job.category,
+            "class": category,
             "seed": job.seed,
             "status": record.status,
             **record.metrics,
@@ -33,7 +36,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "key": job.key,
             "split_digest": record.split_digest,
             "reference": record.reference,
-            "data": canonical_json(dict(job.data)),
+            "data": canonical_json(data),
             "sampling": canonical_json(dict(job.sampling)),
         }
         nested = {"hparams": job.hparams, "counts": record.counts, "seconds": record.seconds}
@@ -45,6 +48,15 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         return frame
     order = ["dataset", "data", "protocol", "sampling", "detector", "class", "seed", "key"]
     return frame.sort_values(order, kind="stable").reset_index(drop=True)
+
+
+def split_category(job: Job) -> tuple[dict[str, Any], str]:
+    """The data options and the class as tables show them: the categories of MVTec AD and its like are classes there."""
+    data = dict(job.data)
+    part = data.pop("category", "")
+    if not part:
+        return dict(job.data), job.category
+    return data, part if job.category == ANOMALY else f"{part}/{job.category}"
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,11 @@ MEAN = "mean"
 TITLES = {
     "auroc": "AUROC, last epoch",
     "auprc": "AUPRC, last epoch",
+    "pixel_auroc": "pixel AUROC of the anomaly maps, last epoch",
+    "aupro": "AUPRO (to a false-positive rate of 0.3) of the anomaly maps, last epoch",
     "auroc_oracle": "AUROC, best test epoch (ORACLE: the epoch is chosen on the test set; not a result)",
 }
+_WITH_AUROC = ("pixel_auroc", "aupro", "auroc_oracle")  # shown beside AUROC wherever records have them
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ def make_tables(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")
     for where, group in frame.groupby(GROUP, sort=True):
         dataset, data, protocol, sampling = (str(value) for value in where)
         wanted = list(metrics)
-        if "auroc" in wanted and "auroc_oracle" in group and group["auroc_oracle"].notna().any():
-            wanted.append("auroc_oracle")
+        if "auroc" in wanted:
+            wanted += [name for name in _WITH_AUROC if name in group and group[name].notna().any()]
         for metric in dict.fromkeys(wanted):
             tables.append(_table(group, metric, describe_data(dataset, data, sampling), protocol))
     return tables
