@@ -175,7 +175,8 @@ def _places(folder: Path) -> list[Path]:
 def _no_extra_splits(cls: Any) -> dict[str, Any]:
     """Arguments that keep every test image in the test part: no validation images are taken from it."""
     takes = inspect.signature(cls).parameters
-    wanted = {"val_split_mode": "same_as_test", "num_workers": 0}
+    # Real-IAD's own default, test_split_mode="none", drops its normal test images.
+    wanted = {"test_split_mode": "from_dir", "val_split_mode": "same_as_test", "seed": 0, "num_workers": 0}
     if "val_split_mode" in takes and str(takes["val_split_mode"].default).endswith(("from_dir", "FROM_DIR")):
         wanted.pop("val_split_mode")  # the set has validation images of its own
     return {key: value for key, value in wanted.items() if key in takes}

@@ -37,9 +37,7 @@ def cache_folder(root: Path) -> Path:
             continue
         if os.access(place, os.W_OK):
             return place
-    raise InvalidInput(
-        f"No folder for decoded images can be written: {reason or places[-1]}. Set XDG_CACHE_HOME to one that can."
-    )
+    raise InvalidInput(f"No cache folder can be written ({reason or places[-1]}). Set XDG_CACHE_HOME to a folder that can be.")
 
 
 @contextlib.contextmanager

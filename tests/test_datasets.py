@@ -1,0 +1,421 @@
+"""Loaders of published sets, on small files made in their formats; the real ones with `-m real_data`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganomaly_plugin.datasets import anomalib_sets, cache, elpv, torchvision_sets, torchvision_table
+from ganomaly_plugin.datasets.base import _load_cached, load_dataset
+from ganomaly_plugin.datasets.splits import make_split
+from ganomaly_plugin.errors import CorruptFile, InvalidInput
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made files have no published checksum, and nothing is downloaded."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision_table, "PUBLISHED_MD5", {})
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", refuse)
+    _load_cached.cache_clear()
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(folder: Path, train: str = "train", test: str = "t10k", first: int = 0, side: int = 28) -> np.ndarray:
+    images = RNG.integers(0, 256, (9, side, side), dtype=np.uint8)
+    for part, rows in ((train, slice(0, 6)), (test, slice(6, 9))):
+        write_idx(folder / f"raw/{part}-images-idx3-ubyte", images[rows])
+        write_idx(folder / f"raw/{part}-labels-idx1-ubyte", np.arange(9)[rows] + first)
+    return images
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_idx_sets(tmp_path: Path, name: str, folder: str) -> None:
+    images = write_mnist(tmp_path / folder)
+    dataset = load_dataset(name, root=tmp_path, image_size=28)
+    assert np.array_equal(dataset.images[:, 0], images)
+    assert dataset.labels.tolist() == list(range(9))
+    assert dataset.is_test.tolist() == [False] * 6 + [True] * 3
+    assert len(dataset.classes) == 10
+    assert set(dataset.source["sha256"]) == set(torchvision_table.SETS[name].layouts[0].files)
+    assert load_dataset(name, root=tmp_path).images.shape == (9, 1, 32, 32)
+
+
+def test_packed_files_are_unpacked(tmp_path: Path) -> None:
+    images = write_mnist(tmp_path / "MNIST")
+    for path in list((tmp_path / "MNIST/raw").iterdir()):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert np.array_equal(load_dataset("mnist", root=tmp_path, image_size=28).images[:, 0], images)
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST")
+    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes())[:-30])
+    path.unlink()
+    with pytest.raises(CorruptFile, match=r"train-images-idx3-ubyte\.gz cannot be unpacked"):
+        load_dataset("mnist", root=tmp_path)
+
+
+def test_emnist_is_upright_and_letters_count_from_one(tmp_path: Path) -> None:
+    images = write_mnist(tmp_path / "EMNIST", "emnist-letters-train", "emnist-letters-test", first=1)
+    dataset = load_dataset("emnist", root=tmp_path, image_size=28, split="letters")
+    assert np.array_equal(dataset.images[:, 0], images.transpose(0, 2, 1))
+    assert dataset.labels.tolist() == list(range(9))
+    assert dataset.classes[0] == "a"
+    with pytest.raises(InvalidInput, match="Did you mean 'letters'"):
+        load_dataset("emnist", root=tmp_path, split="leters")
+
+
+def write_cifar(root: Path, form: str) -> tuple[np.ndarray, np.ndarray]:
+    images = RNG.integers(0, 256, (12, 3072), dtype=np.uint8)
+    labels = np.arange(12) % 10
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    folder = root / {"py": "cifar-10-batches-py", "bin": "cifar-10-batches-bin"}[form]
+    folder.mkdir()
+    for k, name in enumerate(names):
+        rows = slice(2 * k, 2 * k + 2)
+        if form == "bin":
+            (folder / f"{name}.bin").write_bytes(np.hstack([labels[rows, None].astype(np.uint8), images[rows]]).tobytes())
+        else:
+            content = {"data": images[rows], "labels": labels[rows].tolist()}
+            (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+@pytest.mark.parametrize("form", ["py", "bin"])
+def test_cifar10_in_both_versions(tmp_path: Path, form: str) -> None:
+    images, labels = write_cifar(tmp_path, form)
+    dataset = load_dataset("cifar10", root=tmp_path)
+    assert np.array_equal(dataset.images, images)
+    assert np.array_equal(dataset.labels, labels)
+    assert dataset.is_test.tolist() == [False] * 10 + [True] * 2
+    assert dataset.classes[:2] == ("airplane", "automobile")
+
+
+def test_cifar100_fine_and_coarse(tmp_path: Path) -> None:
+    (tmp_path / "cifar-100-binary").mkdir()
+    for name, coarse, fine in (("train", 19, 99), ("test", 0, 1)):
+        record = bytes([coarse, fine]) + bytes(3072)
+        (tmp_path / f"cifar-100-binary/{name}.bin").write_bytes(record)
+    assert load_dataset("cifar100", root=tmp_path).labels.tolist() == [99, 1]
+    assert load_dataset("cifar100", root=tmp_path, labels="coarse").labels.tolist() == [19, 0]
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "py")
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    (tmp_path / "cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CorruptFile, match=r"data_batch_3.*no place in a file of images"):
+        load_dataset("cifar10", root=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_svhn(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    images = RNG.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    for part, rows in (("train", slice(0, 3)), ("test", slice(3, 4))):
+        labels = np.array([[1], [10], [9], [10]])[rows]
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images[rows].transpose(2, 3, 1, 0), "y": labels})
+    dataset = load_dataset("svhn", root=tmp_path)
+    assert np.array_equal(dataset.images, images)
+    assert dataset.labels.tolist() == [1, 0, 9, 0]  # 10 stands for digit 0
+    assert dataset.is_test.tolist() == [False] * 3 + [True]
+
+
+def test_stl10(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
+    (tmp_path / "stl10_binary").mkdir()
+    for part, rows in (("train", slice(0, 2)), ("test", slice(2, 3))):
+        (tmp_path / f"stl10_binary/{part}_X.bin").write_bytes(images[rows].transpose(0, 1, 3, 2).tobytes())
+        (tmp_path / f"stl10_binary/{part}_y.bin").write_bytes(bytes([1, 10, 5])[rows])
+    dataset = load_dataset("stl10", root=tmp_path, image_size=96)
+    assert np.array_equal(dataset.images, images)
+    assert dataset.labels.tolist() == [0, 9, 4]
+    assert load_dataset("stl10", root=tmp_path).images.shape == (3, 3, 32, 32)
+
+
+def test_missing_files_are_named_with_their_place(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InvalidInput) as caught:
+        load_dataset("cifar10", root=tmp_path / "data")
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in ("cifar-10-batches-py/data_batch_1", "cifar-10-batches-bin/test_batch.bin", str(tmp_path), "no network"):
+        assert part in text
+    assert {p.name for p in (tmp_path / "data").iterdir()} <= {".cache"}
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist", "svhn", "stl10", "cifar100"])
+def test_every_set_says_what_is_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"Data set '{name}' is not complete.*no network"):
+        load_dataset(name, root=tmp_path)
+
+
+@pytest.mark.parametrize("cut", [3, 20, 900])
+def test_a_truncated_idx_file_is_named(tmp_path: Path, cut: int) -> None:
+    write_mnist(tmp_path / "MNIST")
+    path = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CorruptFile, match="t10k-images-idx3-ubyte is not a whole idx file"):
+        load_dataset("mnist", root=tmp_path)
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path / "MNIST")
+    monkeypatch.setattr(torchvision_table, "PUBLISHED_MD5", {"MNIST/raw/train-labels-idx1-ubyte": "0" * 32})
+    with pytest.raises(CorruptFile, match=r"train-labels-idx1-ubyte has md5 .* not the published"):
+        load_dataset("mnist", root=tmp_path)
+
+
+def test_checksums_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    first = cache.remembered_digests([path], tmp_path)[path]
+    assert first["md5"] == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321
+    assert first["sha256"].startswith("ba7816bf8f01cfea")  # FIPS 180-2
+    monkeypatch.setattr(cache, "file_digest", lambda _: {"sha256": "new", "md5": "new"})
+    assert cache.remembered_digests([path], tmp_path)[path] == first
+    path.write_bytes(b"abcd")
+    assert cache.remembered_digests([path], tmp_path)[path]["md5"] == "new"
+    (tmp_path / ".cache/checksums.json").write_text("{damaged")
+    assert cache.remembered_digests([path], tmp_path)[path]["md5"] == "new"
+
+
+def test_a_read_only_root_uses_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache.cache_folder(tmp_path / "nowhere") == tmp_path / "cache/ganomaly_plugin"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InvalidInput, match="No cache folder can be written"):
+        cache.cache_folder(tmp_path / "nowhere")
+
+
+def write_elpv(folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for k, (probability, kind) in enumerate(
+        [(0, "mono"), (0, "mono"), (0, "poly"), (1, "mono"), (1 / 3, "mono"), (2 / 3, "poly")]
+    ):
+        noise = RNG.normal(60 + 20 * k, 20, (30, 30)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).save(folder / f"images/cell{k}.png")
+        lines.append(f"images/cell{k}.png  {probability}   {kind}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_elpv(tmp_path: Path) -> None:
+    write_elpv(tmp_path / "elpv")
+    dataset = load_dataset("elpv", root=tmp_path, image_size=16)
+    assert dataset.classes == ("good", "defective")
+    assert dataset.anomaly_classes == ("defective",)
+    assert dataset.labels.tolist() == [0, 0, 0, 1]
+    assert dataset.images.shape == (4, 1, 16, 16)
+    assert dataset.is_test is None
+    assert dataset.source["licence"] == "CC BY-NC-SA 4.0"
+    assert dataset.source["ambiguous_dropped"] == 2
+    assert load_dataset("elpv", root=tmp_path, subset="poly", image_size=16).labels.tolist() == [0]
+    level = load_dataset("elpv", root=tmp_path, image_size=16, brightness="normalise").images.astype(float)
+    assert np.abs(level.mean((1, 2, 3)) - 128).max() < 0.6
+    assert np.abs(level.std((1, 2, 3)) - 40).max() < 0.6
+    assert np.ptp(dataset.images.astype(float).mean((1, 2, 3))) > 30
+
+
+def test_elpv_options_and_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elpv.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InvalidInput, match=r"ganomaly-plugin\[elpv\].*CC BY-NC-SA 4.0"):
+        load_dataset("elpv", root=tmp_path)
+    for option, value in (("subset", "tri"), ("brightness", "more")):
+        with pytest.raises(InvalidInput, match=f"{option} must be .* got '{value}'"):
+            load_dataset("elpv", root=tmp_path, **{option: value})
+
+
+def test_elpv_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_elpv(tmp_path / "site/elpv_dataset/data")
+    (tmp_path / "site/elpv_dataset/__init__.py").write_text("raise RuntimeError('must not be imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (tmp_path / "root").mkdir()
+    assert len(load_dataset("elpv", root=tmp_path / "root", image_size=16).images) == 4
+
+
+def test_a_blank_image_survives_normalisation() -> None:
+    assert (elpv.normalise_brightness(np.full((1, 1, 4, 4), 9, np.uint8)) == 128).all()
+
+
+def write_mvtecad(root: Path, category: str) -> None:
+    for k, name in enumerate(("train/good/0", "train/good/1", "test/good/0", "test/broken/0", "ground_truth/broken/0_mask")):
+        path = root / "MVTecAD" / category / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L" if "mask" in name else "RGB", (20, 20), 255 if "mask" in name else (10 * k, 0, 0)).save(path)
+
+
+def test_anomalibs_mvtec(tmp_path: Path) -> None:
+    write_mvtecad(tmp_path, "bottle")
+    dataset = load_dataset("anomalib:MVTecAD", root=tmp_path, category="bottle", image_size=16)
+    assert dataset.labels.tolist() == [0, 0, 1, 0]
+    assert dataset.is_test.tolist() == [False, False, True, True]
+    assert dataset.images.shape == (4, 3, 16, 16)
+    assert dataset.images[:, 0, 3, 3].tolist() == [0, 10, 30, 20]
+    assert dataset.masks.all((1, 2)).tolist() == [False, False, True, False]
+    assert dataset.source["defects"] == {"broken": 1}
+    split = make_split(dataset, "one-anomalous/strict-v1", "anomaly", 0)
+    assert split.is_anomaly.tolist() == [True, False]
+
+
+def test_all_categories_in_one_go(tmp_path: Path) -> None:
+    write_mvtecad(tmp_path, "bottle")
+    write_mvtecad(tmp_path, "zipper")
+    assert anomalib_sets.expand("anomalib:MVTecAD", tmp_path, {"fit": "pad"}) == [
+        ("anomalib:MVTecAD", {"fit": "pad", "category": "bottle"}),
+        ("anomalib:MVTecAD", {"fit": "pad", "category": "zipper"}),
+    ]
+    assert len(anomalib_sets.expand("anomalib:MVTecAD", tmp_path / "empty")) == 15
+    assert anomalib_sets.expand("anomalib:Kolektor", tmp_path) == [("anomalib:Kolektor", {})]
+    assert anomalib_sets.expand("mnist", tmp_path) == [("mnist", {})]
+    assert anomalib_sets.expand("anomalib:MVTecAD", tmp_path, {"category": "cable"}) == [
+        ("anomalib:MVTecAD", {"category": "cable"})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("anomalib:MVTecADD", {}, "Did you mean 'MVTecAD'"),
+        ("anomalib:Visa", {"category": "candl"}, "Did you mean 'candle'"),
+        ("anomalib:BTech", {}, r"Known: 01, 02, 03"),
+        ("anomalib:Kolektor", {"category": "x"}, "has no categories"),
+        ("anomalib:MPDD", {"category": "tubes"}, r"cannot be read from .*MPDD.*tubes"),
+    ],
+)
+def test_anomalib_errors_say_what_to_do(tmp_path: Path, name: str, options: dict[str, str], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said) as caught:
+        load_dataset(name, root=tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_named_industrial_sets_are_there() -> None:
+    wanted = {"MVTecAD", "MVTecAD2", "Visa", "BTech", "MPDD", "Kolektor", "RealIAD"}
+    assert wanted <= set(anomalib_sets.names())
+    for name in wanted - {"Kolektor"}:
+        assert anomalib_sets.categories(name)
+
+
+def test_adding_a_data_set_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """Another package's file and entry point are all it takes."""
+    (tmp_path / "stripes.py").write_text(
+        textwrap.dedent(
+            """
+            import numpy as np
+            from ganomaly_plugin.datasets.base import ImageDataset
+
+            def load(*, root, image_size=16, width=2):
+                lines = np.arange(image_size) // width % 2 * 255
+                flat = np.broadcast_to(lines, (image_size, image_size)).astype(np.uint8)
+                images = np.stack([flat, flat.T] * 10)[:, None]
+                return ImageDataset("stripes", images, np.tile([0, 1], 10), ("upright", "flat"))
+            """
+        )
+    )
+    info = tmp_path / "stripes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ganomaly_plugin.datasets]\nstripes = stripes:load\n")
+    script = (
+        "import json; from ganomaly_plugin.datasets.base import load_dataset; "
+        "from ganomaly_plugin.datasets.splits import make_split; d = load_dataset('stripes', width=4); "
+        "s = make_split(d, 'one-anomalous/strict-v1', 'flat', 0); "
+        "print(json.dumps([d.images.shape, len(s.train), len(s.test)]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[20, 1, 16, 16], 8, 4]
+
+
+def test_the_registry_stays_light() -> None:
+    script = (
+        "import sys; from ganomaly_plugin.registry import entries; entries('data set'); "
+        "print({'torch', 'torchvision', 'numpy', 'anomalib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+_LOAD_CIFAR = """
+import json, resource, time
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.images import check_images
+import ganomaly_plugin.datasets.torchvision_sets
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.perf_counter()
+images = check_images(load_dataset("cifar10").images)
+seconds = time.perf_counter() - began
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(json.dumps([list(images.shape), seconds, peak / images.numel()]))
+"""
+
+
+@pytest.mark.real_data
+def test_real_cifar10_loads_fast_and_lean() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOAD_CIFAR], capture_output=True, text=True, check=True)
+    shape, seconds, times_size = json.loads(done.stdout)
+    assert shape == [60_000, 3, 32, 32]
+    assert seconds < 3
+    assert times_size < 2
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "options", "category", "sizes"),
+    [
+        ("mnist", {}, "0", (50_477, 12_620, 6_903)),
+        ("fashion_mnist", {}, "Bag", (50_400, 12_600, 7_000)),
+        ("cifar10", {}, "bird", (43_200, 10_800, 6_000)),
+        ("elpv", {"subset": "mono"}, "defective", (470, 118, 313)),
+    ],
+)
+def test_real_split_counts(name: str, options: dict[str, str], category: str, sizes: tuple[int, int, int]) -> None:
+    dataset = load_dataset(name, **options)
+    split = make_split(dataset, "one-anomalous/paper-v1", category, 0)
+    assert (len(split.train), int((~split.is_anomaly).sum()), int(split.is_anomaly.sum())) == sizes
+    assert dataset.source.get("published_md5", "all match") == "all match"
+
+
+@pytest.mark.real_data
+def test_real_elpv_counts_and_its_darkness() -> None:
+    from ganomaly_plugin.metrics import auroc
+
+    for brightness, low, high in (("none", 0.77, 0.79), ("normalise", 0.45, 0.55)):
+        mono = load_dataset("elpv", subset="mono", brightness=brightness)
+        assert np.bincount(mono.labels).tolist() == [588, 313]
+        assert low < auroc(mono.labels == 1, -mono.images.mean((1, 2, 3))) < high
+
+
+def test_torchvision_sets_know_their_options() -> None:
+    assert torchvision_sets.set_of("emnist", split="digits").classes == tuple("0123456789")
+    assert torchvision_sets.set_of("cifar100", labels="coarse").classes[0] == "aquatic_mammals"
+    assert torchvision_sets.set_of("digits") is None

@@ -1,0 +1,346 @@
+"""Folders of images: layouts, pixel formats, bad files, the cached memory map."""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganomaly_plugin.datasets import decode, imagefiles
+from ganomaly_plugin.datasets.base import _load_cached, load_dataset
+from ganomaly_plugin.datasets.decode import BadImage
+from ganomaly_plugin.datasets.imagefiles import BadImages
+from ganomaly_plugin.datasets.inspect import check
+from ganomaly_plugin.errors import InvalidInput
+
+
+def save(path: Path, value: object = 100, size: tuple[int, int] = (20, 20), mode: str = "L", **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = value if isinstance(value, Image.Image) else Image.new(mode, size, value)
+    image.save(path, **options)
+    return path
+
+
+def authors(base: Path) -> Path:
+    for k in range(4):
+        save(base / f"train/0.normal/{k}.png", 10 + k)
+    for k in range(2):
+        save(base / f"test/0.normal/{k}.png", 20 + k)
+    for k in range(3):
+        save(base / f"test/1.abnormal/{k}.png", 30 + k)
+    return base
+
+
+def mvtec(base: Path) -> Path:
+    for k in range(4):
+        save(base / f"train/good/{k}.png", (10 + k, 0, 0), mode="RGB")
+    save(base / "test/good/0.png", (20, 0, 0), mode="RGB")
+    for k, kind in enumerate(("crack", "dirt")):
+        save(base / f"test/{kind}/000.png", (30 + k, 0, 0), mode="RGB")
+        mask = Image.new("L", (20, 20))
+        mask.paste(255, (0, 0, 10, 20))  # the left half
+        save(base / f"ground_truth/{kind}/000_mask.png", mask)
+    return base
+
+
+def load(base: Path, tmp_path: Path, **options: object):
+    return load_dataset(f"folder:{base}", root=tmp_path, **{"image_size": 16, **options})
+
+
+def test_the_authors_layout(tmp_path: Path) -> None:
+    dataset = load(authors(tmp_path / "f"), tmp_path)
+    assert dataset.images.shape == (9, 1, 16, 16)
+    assert dataset.images[:, 0, 8, 8].tolist() == [10, 11, 12, 13, 20, 21, 30, 31, 32]
+    assert dataset.labels.tolist() == [0] * 6 + [1] * 3
+    assert dataset.is_test.tolist() == [False] * 4 + [True] * 5
+    assert dataset.classes == ("good", "anomaly")
+    assert dataset.anomaly_classes == ("anomaly",)
+    assert dataset.masks is None
+
+
+def test_mvtecs_layout_with_masks(tmp_path: Path) -> None:
+    dataset = load(mvtec(tmp_path / "f"), tmp_path)
+    assert dataset.images.shape == (7, 3, 16, 16)
+    assert dataset.source["defects"] == {"crack": 1, "dirt": 1}
+    assert dataset.masks.shape == (7, 16, 16)
+    assert dataset.masks.dtype == bool
+    marked = dataset.masks.sum((1, 2))
+    assert marked.tolist() == [128 if label else 0 for label in dataset.labels]
+    assert dataset.masks[dataset.labels == 1][0][:, :8].all()
+
+
+def test_each_defect_as_its_own_class(tmp_path: Path) -> None:
+    dataset = load(mvtec(tmp_path / "f"), tmp_path, defects="each")
+    assert dataset.classes == ("good", "crack", "dirt")
+    assert dataset.anomaly_classes == ("crack", "dirt")
+    assert sorted(dataset.labels.tolist()) == [0] * 5 + [1, 2]
+
+
+def test_a_plain_pair_has_no_official_split(tmp_path: Path) -> None:
+    for k in range(5):
+        save(tmp_path / f"f/good/{k}.png", k)
+    save(tmp_path / "f/bad/0.png", 200)
+    dataset = load(tmp_path / "f", tmp_path)
+    assert dataset.is_test is None
+    assert dataset.labels.tolist() == [0] * 5 + [1]
+
+
+def test_a_folder_below_the_data_root_is_found(tmp_path: Path) -> None:
+    authors(tmp_path / "mine")
+    assert len(load_dataset("folder:mine", root=tmp_path).images) == 9
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [([], "There is no folder"), (["x"], "none of the known layouts"), (["train/good"], "no test folder")],
+)
+def test_an_unknown_layout_is_explained(tmp_path: Path, made: list[str], said: str) -> None:
+    for name in made:
+        (tmp_path / "f" / name).mkdir(parents=True)
+    with pytest.raises(InvalidInput, match=said):
+        load(tmp_path / "f", tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"fit": "stretch"}, {"channels": 2}, {"on_bad_image": "ignore"}, {"defects": "all"}])
+def test_options_are_checked(tmp_path: Path, options: dict[str, object]) -> None:
+    authors(tmp_path / "f")
+    with pytest.raises(InvalidInput, match=next(iter(options))):
+        load(tmp_path / "f", tmp_path, **options)
+
+
+def centre(path: Path, channels: int = 3) -> list[int]:
+    pixels, _ = decode.decode(path, size=8, channels=channels, fit="crop")
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (channels, 8, 8)
+    return pixels[:, 4, 4].tolist()
+
+
+def test_pixel_formats(tmp_path: Path) -> None:
+    assert centre(save(tmp_path / "grey.png", 77), 1) == [77]
+    assert centre(save(tmp_path / "bit.png", 1, mode="1"), 1) == [255]
+    assert centre(save(tmp_path / "grey16.png", 0x8080, mode="I;16"), 1) == [0x80]
+    assert centre(save(tmp_path / "grey16.tif", 65535, mode="I;16"), 1) == [255]
+    assert centre(save(tmp_path / "float.tif", 0.5, mode="F"), 1) == [128]
+    assert centre(save(tmp_path / "palette.png", Image.new("RGB", (9, 9), (10, 20, 30)).quantize(4))) == [10, 20, 30]
+    assert centre(save(tmp_path / "cmyk.tif", (255, 0, 0, 0), mode="CMYK")) == [0, 255, 255]
+    assert centre(save(tmp_path / "grey_to_rgb.png", 50)) == [50, 50, 50]
+    half = Image.new("RGBA", (9, 9), (200, 100, 0, 128))
+    assert centre(save(tmp_path / "alpha.png", half)) == [100, 50, 0]  # on black
+    assert centre(save(tmp_path / "grey_alpha.png", (200, 0), mode="LA"), 1) == [0]
+    clear = Image.new("P", (9, 9), 3)
+    assert centre(save(tmp_path / "clear.gif", clear, transparency=3)) == [0, 0, 0]
+
+
+def test_a_float_image_on_an_unknown_scale_is_bad(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match=r"span \[300, 300\]"):
+        centre(save(tmp_path / "f.tif", 300.0, mode="F"))
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("L", (16, 16))
+    image.paste(255, (0, 0, 16, 8))  # the top half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: what is on top belongs to the right
+    pixels, _ = decode.decode(save(tmp_path / "e.png", image, exif=exif), size=16, channels=1, fit="crop")
+    assert pixels[0, :, 12].min() == 255
+    assert pixels[0, :, 4].max() == 0
+
+
+@pytest.mark.parametrize("size", [(40, 40), (100, 37), (33, 64), (17, 90)])
+def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path: Path, size: tuple[int, int]) -> None:
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path = save(tmp_path / "n.png", Image.fromarray(noise))
+    authors_way = Compose([Resize(32, InterpolationMode.BILINEAR), CenterCrop(32)])
+    want = np.asarray(authors_way(Image.fromarray(noise))).transpose(2, 0, 1).astype(int)
+    got, _ = decode.decode(path, size=32, channels=3, fit="crop")
+    assert np.abs(got - want).max() <= 1
+
+
+def test_pad_keeps_the_ratio(tmp_path: Path) -> None:
+    pixels, original = decode.decode(save(tmp_path / "w.png", 255, (40, 20)), size=16, channels=1, fit="pad")
+    assert original == (40, 20)
+    assert (pixels[0, 4:12] == 255).all()
+    assert pixels[0, :4].max() == pixels[0, 12:].max() == 0
+
+
+def test_a_sliver_is_cropped_before_it_is_resized() -> None:
+    (width, height), box = decode.placement(1, 1_000_000, 64, "crop")
+    assert (width, height) == (64, 64)
+    assert box[3] - box[1] == pytest.approx(1)
+
+
+def test_channels_follow_the_images(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    assert load(base, tmp_path).images.shape[1] == 1
+    assert load(base, tmp_path, channels=3).images.shape[1] == 3
+    save(base / "train/0.normal/colour.jpg", (9, 99, 9), mode="RGB")
+    _load_cached.cache_clear()
+    assert load(base, tmp_path).images.shape[1] == 3
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few bytes that claims 60,000×60,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def broken_folder(base: Path) -> dict[str, str]:
+    """A folder with one of each fault; name → what the report says."""
+    authors(base)
+    normal = base / "train/0.normal"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
+    whole = save(normal / "truncated.png", noise).read_bytes()
+    (normal / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (normal / "text.jpg").write_text("not an image")
+    (normal / "nothing.bmp").write_bytes(b"")
+    bomb(normal / "bomb.png")
+    (normal / "round").symlink_to(normal)
+    (normal / "gone.png").symlink_to(base / "nowhere.png")
+    (normal / "itself.png").symlink_to(normal / "itself.png")
+    os.mkfifo(normal / "pipe.png")
+    (base / "test/2.empty").mkdir()
+    return {
+        "truncated.png": "damaged",
+        "text.jpg": "not an image",
+        "nothing.bmp": "not an image",
+        "bomb.png": "limit of 89,478,485 pixels",
+        "round": "symlink loop",
+        "gone.png": "link to a file that is not there",
+        "itself.png": "symlink loop",
+        "pipe.png": "not a regular file",
+        "2.empty": "empty class folder",
+    }
+
+
+def test_every_fault_is_in_one_report(tmp_path: Path) -> None:
+    faults = broken_folder(tmp_path / "f")
+    with pytest.raises(BadImages, match=r"9 of \d+ files and folders are not usable.*and 4 more.*on_bad_image=skip") as caught:
+        load(tmp_path / "f", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert {p.path.name for p in caught.value.problems} == set(faults)
+    report = check(f"folder:{tmp_path / 'f'}", tmp_path)
+    assert not report.ok
+    told = {problem.path.name: problem.reason for problem in report.problems}
+    assert set(told) == set(faults)
+    for name, said in faults.items():
+        assert said in told[name]
+
+
+def test_faults_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
+    broken_folder(tmp_path / "f")
+    dataset = load(tmp_path / "f", tmp_path, on_bad_image="skip")
+    assert len(dataset.images) == len(dataset.labels) == 9
+    assert sorted(dataset.images[:, 0, 5, 5].tolist()) == [10, 11, 12, 13, 20, 21, 30, 31, 32]
+    assert dataset.source["skipped"] == 9
+    assert len(dataset.source["skipped_first"]) == 5
+
+
+def test_masks_of_another_size_and_missing_masks_are_faults(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    save(base / "ground_truth/crack/000_mask.png", 255, (20, 19))
+    (base / "ground_truth/dirt/000_mask.png").unlink()
+    with pytest.raises(BadImages) as caught:
+        load(base, tmp_path)
+    assert "its mask 000_mask.png is 20×19, the image 20×20" in str(caught.value)
+    assert "no mask ground_truth/dirt/000_mask.png" in str(caught.value)
+
+
+def test_a_mask_that_vanishes_when_resized_is_counted(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    tiny = Image.new("L", (20, 20))
+    tiny.putpixel((0, 0), 255)
+    save(base / "ground_truth/crack/000_mask.png", tiny)
+    assert load(base, tmp_path, image_size=2).source["masks_lost_to_resizing"] == 1
+
+
+def test_unreadable_files_and_folders_are_faults() -> None:
+    """Root reads anything, so the reading is done as another user where the tests run as root."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o777)
+        base = authors(root / "f")
+        (base / "train/0.normal/0.png").chmod(0)
+        (base / "train/0.normal/locked").mkdir(mode=0)
+        was = os.geteuid()
+        if was == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(BadImages) as caught:
+                load(base, root)
+        finally:
+            os.seteuid(was)
+        assert {p.path.name: p.reason for p in caught.value.problems} == {
+            "0.png": "no permission to read it",
+            "locked": "no permission to read it",
+        }
+
+
+def test_one_normal_image_is_too_few(tmp_path: Path) -> None:
+    base = tmp_path / "f"
+    save(base / "train/good/0.png")
+    save(base / "test/good/0.png", 3)
+    save(base / "test/bad/0.png", 4)
+    with pytest.raises(InvalidInput, match="1 normal image to train on"):
+        load(base, tmp_path)
+    assert "a folder of one image" in "\n".join(check(f"folder:{base}", tmp_path).lines())
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    for part in ("train/good", "test/good", "test/bad"):
+        (tmp_path / "f" / part).mkdir(parents=True)
+    with pytest.raises(InvalidInput, match=r"no usable image.*empty class folder"):
+        load(tmp_path / "f", tmp_path, on_bad_image="skip")
+
+
+def test_images_are_decoded_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = authors(tmp_path / "f")
+    first = load(base, tmp_path)
+    assert isinstance(first.images, np.memmap)
+    assert not first.images.flags.writeable
+    digest = first.digest
+    _load_cached.cache_clear()
+    monkeypatch.setattr(imagefiles, "decode", None)  # a second decoding would fail
+    assert load(base, tmp_path).digest == digest
+    monkeypatch.undo()
+    _load_cached.cache_clear()
+    save(base / "train/0.normal/0.png", 250)  # a changed file is seen
+    assert load(base, tmp_path).digest != digest
+    assert sum(p.is_dir() for p in (tmp_path / ".cache").iterdir()) == 2
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    digest = load(base, tmp_path).digest
+    (cached,) = (p for p in (tmp_path / ".cache").iterdir() if p.is_dir())
+    (cached / "images.u8").write_bytes(b"short")
+    _load_cached.cache_clear()
+    assert load(base, tmp_path).digest == digest
+
+
+def test_progress_is_told_when_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(imagefiles.time, "monotonic", lambda: next(clock))
+    load(authors(tmp_path / "f"), tmp_path)
+    assert "decoded 9 of 9 images" in capsys.readouterr().err
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    (base / "train/0.normal/Thumbs.db").write_text("x")
+    (base / "train/0.normal/._0.png").write_text("x")
+    save(base / "train/0.normal/deeper/9.PNG")
+    assert len(load(base, tmp_path).images) == 10
