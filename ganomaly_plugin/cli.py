@@ -110,6 +110,8 @@ def _add_speed(parser: Any) -> None:
     parser.add_argument("--channels", type=int, default=1, help="1 or 3")
     parser.add_argument("--features", type=int, default=64, help="width of the networks")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images in a step")
+    parser.add_argument("--score", type=listed, help="time scoring of these detectors instead; ratios are to the first")
+    parser.add_argument("--images", type=int, default=1000, help="images to score")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each kind; the median counts")
     parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=str, default=None, help="also write the figures to this CSV file")
@@ -123,7 +125,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
-    "speed": (_add_speed, "time a training step against the same step in the authors' form"),
+    "speed": (_add_speed, "time a training step beside the authors' form of it, or scoring"),
 }
 
 

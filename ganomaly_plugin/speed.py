@@ -1,4 +1,4 @@
-"""How fast a GANomaly training step is: ours beside the same step as the authors write it, in one run.
+"""How fast training and scoring are. A GANomaly step of ours is timed beside the step as the authors write it.
 
 The baseline is kept here in its slow form on purpose: D runs twice on x and twice on x̂, tensors are contiguous and
 Adam is not fused. Both compute the same losses and gradients.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from ganomaly_plugin.detectors.ganomaly import (
 )
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.provenance import cpu_name, versions
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.selection import Selection, parse_selection, show
 from ganomaly_plugin.store import atomic_write
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 
@@ -96,31 +99,89 @@ def _synchronise(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How fast a fitted detector scores: images a second, the median of `repeats` runs over all images."""
+
+    name: str
+    images_per_second: float
+    repeats: int
+
+
+def time_scoring(selections: list[Selection], images: np.ndarray, *, device: str, repeats: int) -> list[Scoring]:
+    """Scoring speed of detectors on `images` `(n, c, h, w)`, each fitted for one epoch on one batch of them.
+
+    The weights do not matter for the time. A run that takes over 30 seconds is not repeated.
+    """
+    timings = []
+    for selection in selections:
+        detector = make_detector(selection.name, **selection.options).fit(images[:64], epochs=1, device=device)
+        detector.score(images[:8])
+        seconds: list[float] = []
+        while len(seconds) < repeats and sum(seconds) < 30:
+            began = time.perf_counter()
+            detector.score(images)  # returns NumPy, so the device has finished
+            seconds.append(time.perf_counter() - began)
+        rate = len(images) / statistics.median(seconds)
+        timings.append(Scoring(show(selection.name, selection.options), rate, len(seconds)))
+    return timings
+
+
 def run_speed(options: Any) -> int:
-    """The `bench speed` command: print both timings and their ratio, and write them to `options.out`."""
+    """The `bench speed` command: time training steps or, with --score, scoring; print ratios and write `options.out`."""
     if options.repeats < 5:
         raise InvalidInput(f"repeats must be at least 5 for a median, got {options.repeats}.")
     device = resolve_device(options.device)
-    recipe = GanomalyRecipe(features=options.features, batch_size=options.batch_size)
     chw = (options.channels, options.image_size, options.image_size)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    where = f"{hardware}, {torch.get_num_threads()} threads, torch {versions()['torch']}"
+    rows = _scoring_rows(options, chw, device, where) if options.score else _training_rows(options, chw, device, where)
+    if options.out:
+        lines = [",".join(rows[0])] + [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        atomic_write(Path(options.out), ("\n".join(lines) + "\n").encode())
+    return 0
+
+
+def _training_rows(options: Any, chw: tuple[int, int, int], device: torch.device, where: str) -> list[dict[str, Any]]:
+    recipe = GanomalyRecipe(features=options.features, batch_size=options.batch_size)
     recipe.check_shape(chw)
     x = torch.rand(options.batch_size, *chw, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device)
     trainer = PlainTrainer(recipe, build_networks(recipe, chw, seed=0), seed=0, device=device)
-    authors, ours = time_steps({"authors' form": AuthorsStep(recipe, chw, device), "plain": trainer.step}, x, options.repeats)
-
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    where = f"{hardware}, {torch.get_num_threads()} threads, torch {versions()['torch']}"
+    steps: dict[str, Callable[[Tensor], Any]] = {"authors' form": AuthorsStep(recipe, chw, device), "plain": trainer.step}
     setting = f"{options.batch_size} images, {'×'.join(map(str, chw))}, features {options.features}"
     print(f"GANomaly, one training step: {setting}\n{where}\nmedian of {options.repeats} after {WARM_UP} warm-up steps")
-    for timing in (authors, ours):
+    timings = time_steps(steps, x, options.repeats)
+    rows = []
+    for timing in timings:
         rate = options.batch_size / timing.median
         span = f"{timing.fastest * 1e3:.1f}–{timing.slowest * 1e3:.1f}"
         print(f"  {timing.name:14}{timing.median * 1e3:9.1f} ms ({span}){rate:9.0f} images/s")
-    print(f"  ratio plain / authors' form: {ours.median / authors.median:.2f}")
-    if options.out:
-        lines = ["step,median_s,fastest_s,slowest_s,ratio_to_authors,repeats,setting,hardware"]
-        for timing in (authors, ours):
-            figures = f"{timing.median:.6f},{timing.fastest:.6f},{timing.slowest:.6f},{timing.median / authors.median:.4f}"
-            lines.append(f'{timing.name},{figures},{options.repeats},"{setting}","{where}"')
-        atomic_write(Path(options.out), ("\n".join(lines) + "\n").encode())
-    return 0
+        seconds = {"median_s": timing.median, "fastest_s": timing.fastest, "slowest_s": timing.slowest}
+        figures = {key: f"{value:.6f}" for key, value in seconds.items()}
+        ratio = f"{timing.median / timings[0].median:.4f}"
+        row = {"step": timing.name, **figures, "ratio_to_authors": ratio, "repeats": options.repeats}
+        rows.append({**row, "setting": setting, "hardware": where})
+    print(f"  ratio plain / authors' form: {timings[1].median / timings[0].median:.2f}")
+    return rows
+
+
+def _scoring_rows(options: Any, chw: tuple[int, int, int], device: torch.device, where: str) -> list[dict[str, Any]]:
+    selections = [parse_selection(item, "model") for item in options.score]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (options.images, *chw), dtype=np.uint8)
+    setting = f"{options.images} images, {'×'.join(map(str, chw))}"
+    print(f"scoring {setting}\n{where}")
+    timings = time_scoring(selections, images, device=str(device), repeats=options.repeats)
+    rows = []
+    width = max(len(timing.name) for timing in timings)
+    for timing in timings:
+        ratio = timings[0].images_per_second / timing.images_per_second
+        rate = f"{timing.images_per_second:12.2f} images/s (median of {timing.repeats})"
+        print(f"  {timing.name:{width}}{rate}  {ratio:.2f} of the time of {timings[0].name}")
+        row = {
+            "detector": timing.name,
+            "images_per_second": f"{timing.images_per_second:.3f}",
+            "time_ratio_to_first": f"{ratio:.4f}",
+        }
+        rows.append({**row, "repeats": timing.repeats, "setting": setting, "hardware": where})
+    return rows
