@@ -21,7 +21,10 @@ from ganomaly_plugin.datasets.imagefiles import Listing, Problem, load_listing, 
 from ganomaly_plugin.errors import CorruptFile, InvalidInput
 
 LICENCE = "CC BY-NC-SA 4.0"
-_LABELS_SHA256 = "0abe6fe7700aea571717d7d7dfec005a47c6207b4cde26a4556b6807a115483d"  # of elpv-dataset 1.0.0.post1
+_SHA256 = {  # of elpv-dataset 1.0.0.post1; the images' is over the lines "<sha256>  <name>", sorted by name
+    "labels.csv": "0abe6fe7700aea571717d7d7dfec005a47c6207b4cde26a4556b6807a115483d",
+    "images": "b13e11b57dda614bfa0c29456bfc94038655d41d9d053d9be0cf0a3b66aa2280",
+}
 _SUBSETS = ("all", "mono", "poly")
 _ROUNDS = 12
 _LEVEL, _SPREAD = 128.0, 40.0  # grey levels that brightness="normalise" brings every image to
@@ -82,13 +85,11 @@ def list_elpv(*, root: Path, subset: str = "all", **_: Any) -> Listing:
             files.append(stamped(path, int(probability)))
         except (OSError, BadImage) as error:
             problems.append(Problem(path, getattr(error, "strerror", None) or str(error)))
-    sha256 = remembered_digests([base / "labels.csv"], root)[base / "labels.csv"]["sha256"]
-    listed = hashlib.sha256(repr([(f.path.name, f.label, f.stamp[0]) for f in files]).encode()).hexdigest()
+    sha256 = _digests(base, root)
     source = {
         "licence": LICENCE,
-        "sha256": {"labels.csv": sha256},
-        "published_sha256": "labels.csv matches" if sha256 == _LABELS_SHA256 else "labels.csv differs from elpv-dataset 1.0.0",
-        "names_labels_sizes_sha256": listed,
+        "sha256": sha256,
+        "published_sha256": "all match" if sha256 == _SHA256 else "the files differ from those of elpv-dataset 1.0.0",
         "ambiguous_dropped": dropped,
     }
     return Listing("elpv", base, files, ("good", "defective"), ("defective",), False, False, problems, source)
@@ -112,6 +113,13 @@ def find(root: Path) -> Path:
         f"'ganomaly-plugin[elpv]', or put labels.csv and images/ there, or set --data-root or {ROOT_VARIABLE}. "
         f"It is licensed {LICENCE}."
     )
+
+
+def _digests(base: Path, root: Path) -> dict[str, str]:
+    images = sorted((base / "images").glob("*.png")) if (base / "images").is_dir() else []
+    found = remembered_digests([base / "labels.csv", *images], root)
+    lines = "".join(f"{found[path]['sha256']}  {path.name}\n" for path in images)
+    return {"labels.csv": found[base / "labels.csv"]["sha256"], "images": hashlib.sha256(lines.encode()).hexdigest()}
 
 
 def _read_labels(path: Path) -> list[tuple[Path, float, str]]:

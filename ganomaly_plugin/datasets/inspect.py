@@ -27,7 +27,7 @@ class Report:
 
     Attributes:
         name: The data set.
-        images: How many images were looked at.
+        images: How many images are usable.
         problems: Files and folders that are not usable.
         leaks: Groups of equal images that are in both the official train and test part, as names of images.
         duplicates: Groups of equal images inside one part, or inside a data set without parts.
@@ -50,8 +50,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for people, one finding a line."""
-        lines = [f"{self.name}: {self.images:,} images, {len(self.problems)} not usable"]
-        lines += [f"  not usable: {problem}" for problem in self.problems]
+        lines = [f"{self.name}: {self.images:,} usable images, {len(self.problems):,} problems"]
+        lines += [f"  {problem}" for problem in self.problems]
         lines.append(f"  in both train and test (leakage): {self.counts.get('leaked', 0):,} test images")
         lines += _examples(self.leaks)
         lines.append(f"  repeated inside a part: {self.counts.get('repeated', 0):,} images")
@@ -276,7 +276,7 @@ def _report(
         if len({labels[k] for k in members}) > 1:
             conflicts.append([names[k] for k in members])
     found = {"leaked": leaked, "repeated": repeated}
-    return Report(name, len(hashes) + len(problems), problems, leaks, duplicates, conflicts, found)
+    return Report(name, len(hashes), problems, leaks, duplicates, conflicts, found)
 
 
 def _examples(groups: Iterable[list[str]]) -> list[str]:
