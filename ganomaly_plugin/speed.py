@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.detectors.ganomaly import (
     GanomalyRecipe,
@@ -167,9 +168,12 @@ def _training_rows(options: Any, chw: tuple[int, int, int], device: torch.device
 
 def _scoring_rows(options: Any, chw: tuple[int, int, int], device: torch.device, where: str) -> list[dict[str, Any]]:
     selections = [parse_selection(item, "model") for item in options.score]
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (options.images, *chw), dtype=np.uint8)
-    setting = f"{options.images} images, {'×'.join(map(str, chw))}"
+    if options.dataset:
+        dataset = load_dataset(options.dataset, root=options.data_root, image_size=options.image_size)
+        images, what = dataset.images[: options.images], f"images of {options.dataset}"
+    else:
+        images, what = np.random.default_rng(0).integers(0, 256, (options.images, *chw), dtype=np.uint8), "random images"
+    setting = f"{len(images)} {what}, {'×'.join(map(str, images.shape[1:]))}"
     print(f"scoring {setting}\n{where}")
     timings = time_scoring(selections, images, device=str(device), repeats=options.repeats)
     rows = []

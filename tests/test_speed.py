@@ -18,7 +18,20 @@ def test_training_step_beside_the_authors_form(bench, tmp_path: Path) -> None:
 
 def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:
     models = "ganomaly[features=2],anogan[features=2,search_steps=3],mean_intensity"
-    words = ["--score", models, "--images", 20, "--image-size", 16, "--repeats", 5, "--out", tmp_path / "score.csv"]
+    words = [
+        "--score",
+        models,
+        "--images",
+        20,
+        "--dataset",
+        "digits",
+        "--image-size",
+        16,
+        "--repeats",
+        5,
+        "--out",
+        tmp_path / "score.csv",
+    ]
     code, out, _ = bench("speed", *words)
     assert code == 0 and "anogan[features=2,search_steps=3]" in out
     rows = pd.read_csv(tmp_path / "score.csv")
