@@ -288,6 +288,70 @@ def test_anomalibs_mvtec(tmp_path: Path) -> None:
     assert split.is_anomaly.tolist() == [True, False]
 
 
+MADE = {  # data set → (its folder, a category, images and masks in the set's own layout)
+    "Visa": ("visa", "candle", "visa_pytorch/candle", ("train/good/0", "train/good/1", "test/good/2", "test/bad/3"), "bad/3"),
+    "MPDD": ("MPDD", "tubes", "tubes", ("train/good/0", "train/good/1", "test/good/2", "test/hole/3"), "hole/3_mask"),
+    "BTech": ("BTech", "01", "01", ("train/ok/0", "train/ok/1", "test/ok/2", "test/ko/3"), "ko/3"),
+    "MVTecAD2": (
+        "MVTec_AD_2",
+        "can",
+        "can",
+        ("train/good/0", "train/good/1", "test_public/good/2", "test_public/bad/3", "validation/good/4", "test_private/5"),
+        "../test_public/ground_truth/bad/3_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_other_industrial_sets(tmp_path: Path, name: str) -> None:
+    folder, category, below, images, mask = MADE[name]
+    base = tmp_path / folder / below
+    for path in (*images, f"ground_truth/{mask}"):
+        file = (base / path).resolve().with_suffix(".png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 20), 255 if "ground_truth" in path else 10 * int(path[-1])).save(file)
+    (base / "test_private_mixed").mkdir()
+    dataset = load_dataset(f"anomalib:{name}", root=tmp_path, category=category, image_size=16)
+    order = np.argsort(dataset.images[:, 0, 0, 0])
+    assert dataset.images[order, 0, 0, 0].tolist() == [0, 10, 20, 30]
+    assert dataset.labels[order].tolist() == [0, 0, 0, 1]
+    assert dataset.is_test[order].tolist() == [False, False, True, True]
+    assert dataset.masks[order].all((1, 2)).tolist() == [False, False, False, True]
+    assert anomalib_sets.expand(f"anomalib:{name}", tmp_path) == [(f"anomalib:{name}", {"category": category})]
+
+
+def test_real_iad(tmp_path: Path) -> None:
+    samples: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
+    base = tmp_path / "Real-IAD/realiad_256/audiojack"
+    base.mkdir(parents=True)
+    for k, (part, kind) in enumerate([("train", "OK"), ("train", "OK"), ("test", "OK"), ("test", "AK")]):
+        Image.new("L", (20, 20), 10 * k).save(base / f"{k}.png")
+        samples[part].append({"image_path": f"{k}.png", "anomaly_class": kind, "mask_path": "3_mask.png" if k == 3 else None})
+    Image.new("L", (20, 20), 255).save(base / "3_mask.png")
+    listed = tmp_path / "Real-IAD/realiad_jsons/realiad_jsons/audiojack.json"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(json.dumps(samples))
+    dataset = load_dataset("anomalib:RealIAD", root=tmp_path, category="audiojack", image_size=16)
+    assert dataset.labels.tolist() == [0, 0, 0, 1]  # with anomalib's own default the normal test image is lost
+    assert dataset.is_test.tolist() == [False, False, True, True]
+    assert dataset.masks.all((1, 2)).tolist() == [False, False, False, True]
+
+
+def test_kolektor(tmp_path: Path) -> None:
+    for k in range(10):
+        folder = tmp_path / f"kolektor/kos{k:02d}"
+        folder.mkdir(parents=True)
+        mask = Image.new("L", (20, 20))
+        if k >= 7:
+            mask.paste(255, (0, 0, 10, 20))
+        Image.new("L", (20, 20), 10 * k).save(folder / "Part0.jpg")
+        mask.save(folder / "Part0_label.bmp")
+    dataset = load_dataset("anomalib:Kolektor", root=tmp_path, image_size=16)
+    assert np.bincount(dataset.labels).tolist() == [7, 3]
+    assert not (dataset.labels[~dataset.is_test]).any()
+    assert (dataset.masks.any((1, 2)) == (dataset.labels == 1)).all()
+
+
 def test_all_categories_in_one_go(tmp_path: Path) -> None:
     write_mvtecad(tmp_path, "bottle")
     write_mvtecad(tmp_path, "zipper")

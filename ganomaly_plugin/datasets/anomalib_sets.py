@@ -101,6 +101,8 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
         InvalidInput: The name or category is unknown, or the files are not there and cannot be downloaded.
     """
     cls = _module_class(name)
+    from anomalib.data.utils import TestSplitMode
+
     known = categories(name)
     if known and category not in known:
         raise unknown(f"category of {_PREFIX}{name}", category, known, todo=f"Write {_PREFIX}{name}[category={known[0]}].")
@@ -112,6 +114,8 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
         with _chatter_on_stderr():
             if download:
                 module.prepare_data()
+            # The default of Real-IAD and MVTec AD 2, "none", drops the normal images of the test part.
+            module.test_split_mode = TestSplitMode.FROM_DIR
             module.setup()
     except Exception as error:  # anomalib's, tarfile's, urllib's, pandas' and OSError
         where = base / category if category else base
@@ -119,7 +123,8 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
             f"{_PREFIX}{name} cannot be read from {where.absolute()}: {one_line(error)[:300]} Put the files there as anomalib "
             f"lays them out, or set --data-root or {ROOT_VARIABLE} to the folder that has {base.name}."
         ) from error
-    return _listing(name, category, base / category if category else base, module)
+    within = base / category  # not where VisA keeps them
+    return _listing(name, category, within if within.is_dir() else base, module)
 
 
 def _listing(name: str, category: str, base: Path, module: Any) -> Listing:
@@ -175,8 +180,7 @@ def _places(folder: Path) -> list[Path]:
 def _no_extra_splits(cls: Any) -> dict[str, Any]:
     """Arguments that keep every test image in the test part: no validation images are taken from it."""
     takes = inspect.signature(cls).parameters
-    # Real-IAD's own default, test_split_mode="none", drops its normal test images.
-    wanted = {"test_split_mode": "from_dir", "val_split_mode": "same_as_test", "seed": 0, "num_workers": 0}
+    wanted = {"val_split_mode": "same_as_test", "seed": 0, "num_workers": 0}
     if "val_split_mode" in takes and str(takes["val_split_mode"].default).endswith(("from_dir", "FROM_DIR")):
         wanted.pop("val_split_mode")  # the set has validation images of its own
     return {key: value for key, value in wanted.items() if key in takes}
