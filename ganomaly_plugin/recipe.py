@@ -84,7 +84,8 @@ class Recipe(ABC):
     input_range: tuple[float, float] = (-1.0, 1.0)
 
     default_epochs: ClassVar[int] = 15
-    ema_decay: ClassVar[float | None] = None  # score with an exponential moving average of the weights
+    #: Whether score and anomaly map are plain functions of the image, which ONNX can hold; a gradient search is none.
+    exportable: ClassVar[bool] = True
     #: As in `BaseDetector`: conformance checks that do not apply, and cheap settings for the others.
     conformance_exemptions: ClassVar[dict[str, str]] = {}
     conformance_hparams: ClassVar[dict[str, Any]] = {}
@@ -97,6 +98,16 @@ class Recipe(ABC):
         low, high = self.input_range
         if not low < high:
             raise InvalidInput(f"input_range must be (low, high) with low < high, got {self.input_range}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InvalidInput(f"ema_decay must lie in [0, 1), or be None for no averaging, got {self.ema_decay}.")
+
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the moving average of weights and buffers to score with; None scores with the trained ones.
+
+        A method whose paper averages makes it a hyperparameter: a field of this name.
+        """
+        return None
 
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the networks cannot be built for images of `(c, h, w)`."""
@@ -141,3 +152,9 @@ def check_adam(lr: float, betas: tuple[float, float]) -> None:
         raise InvalidInput(f"lr must be positive, got {lr}.")
     if not all(0 <= beta < 1 for beta in betas):
         raise InvalidInput(f"betas must lie in [0, 1), got {betas}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise InvalidInput unless `value`, the share of one term in a sum of two, lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise InvalidInput(f"{name} must lie in [0, 1], got {value}.")

@@ -37,6 +37,12 @@ def _builtin(name: str, target: str, summary: str) -> Entry:
 DETECTORS = (
     _builtin("ganomaly", "detectors.ganomaly:GanomalyRecipe", "GANomaly (ACCV 2018), as its authors' code"),
     _builtin("ae", "detectors.ae:AutoencoderRecipe", "convolutional autoencoder, L1 or MSE"),
+    _builtin("vae", "detectors.vae:VaeRecipe", "variational autoencoder; reconstruction error or negative ELBO"),
+    _builtin("skip_ganomaly", "detectors.skip_ganomaly:SkipGanomalyRecipe", "Skip-GANomaly (IJCNN 2019), a U-Net generator"),
+    _builtin("egbad", "detectors.egbad:EgbadRecipe", "EGBAD (2018), a bidirectional GAN"),
+    _builtin("alad", "detectors.alad:AladRecipe", "ALAD (ICDM 2018), a cycle-consistent bidirectional GAN"),
+    _builtin("f_anogan", "detectors.f_anogan:FAnoganRecipe", "f-AnoGAN (2019), a WGAN-GP and an encoder of it"),
+    _builtin("anogan", "detectors.anogan:AnoganRecipe", "AnoGAN (IPMI 2017), a DCGAN searched for each image; slow to score"),
     _builtin("pca", "detectors.classical:Pca", "reconstruction error after principal component analysis, on pixels"),
     _builtin("knn", "detectors.classical:NearestNeighbours", "distance from the nearest training images, on pixels"),
     _builtin("iforest", "detectors.classical:IsolationForestDetector", "isolation forest, on pixels"),
@@ -89,6 +95,12 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(entries("detector"), pattern))
 
 
+def anomalib_modules() -> dict[str, str]:
+    """The recipes of this package by the name of their anomalib module: `Ganomaly` is made of `…:GanomalyRecipe`."""
+    targets = [entry.target for entry in DETECTORS if entry.target.endswith("Recipe")]
+    return {target.partition(":")[2].removesuffix("Recipe"): target for target in targets}
+
+
 def resolve(kind: str, name: str) -> Any:
     """The object registered as `name`, or named by a class path `module:attribute`.
 
@@ -109,7 +121,16 @@ def resolve(kind: str, name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module may raise anything, a SyntaxError first of all
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
+    if kind == "detector" and not _looks_like_a_detector(found):
+        raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")
+    if not callable(found):
+        raise InvalidInput(f"{name!r} ({target}) is not a {kind}: it cannot be called. Give a function or a class.")
     return functools.partial(found, argument) if in_family else found
+
+
+def _looks_like_a_detector(found: Any) -> bool:
+    """Whether `found` is a recipe, told by its stages, or a class with the detector's methods."""
+    return isinstance(found, type) and hasattr(found, "score") and (hasattr(found, "stages") or hasattr(found, "fit"))
 
 
 def make_detector(name: str, **hparams: Any) -> BaseDetector:
@@ -127,12 +148,16 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
 
     cls = resolve("detector", name)
     arguments = checked_hparams(name, cls, hparams)
-    if isinstance(cls, type) and issubclass(cls, Recipe):
+    try:
+        made = cls(**arguments)
+    except TypeError as error:  # abstract, or an argument without default was not given
+        raise InvalidInput(f"Cannot make detector {name!r}: {one_line(error)}. Complete its class or its options.") from error
+    if isinstance(made, Recipe):
         from ganomaly_plugin.training.detector import RecipeDetector
 
-        detector: BaseDetector = RecipeDetector(cls(**arguments))
+        detector: BaseDetector = RecipeDetector(made)
     else:
-        detector = cls(**arguments)
+        detector = made
     with contextlib.suppress(AttributeError):  # another package's object may be frozen or have slots; the name is optional
         detector.name = name
     return detector

@@ -1,0 +1,173 @@
+"""AnoGAN: Schlegl, Seeböck, Waldstein, Schmidt-Erfurth, Langs, IPMI 2017, arXiv 1703.05921.
+
+A DCGAN learns normal images. To score an image, gradient steps on a code z search for the generated image nearest to
+it; what is left of the distance is the score. f(·) is the discriminator's activation before its last convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.networks import Decoder, Discriminator, bce, check_square, dcgan_init
+from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, at_least, check_adam, check_share
+
+CHECK_EVERY = 25  # search steps between two looks at which images still improve
+BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # the search's Adam
+
+
+@contextmanager
+def weights_frozen(networks: Networks) -> Iterator[None]:
+    """Only the code is differentiated inside: the graph then keeps nothing for the weights' sake."""
+    trainable = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class AnoganRecipe(Recipe):
+    """AnoGAN's networks, losses, search and score.
+
+    Args:
+        features: Channels after the first convolution.
+        latent_dim: Length of z.
+        w_feature: Weight λ of the discrimination loss (of features), in the search and in the score.
+        lr, betas: Adam's, for both networks.
+        search_steps: Gradient steps on z for each scored image.
+        search_lr: Adam's in the search. The paper names none; 0.01 is what the EGBAD authors' AnoGAN begins with.
+            With the networks' own 2e-4 no code could move by more than 0.1 in 500 steps.
+        search_tol: An image's search ends when 25 steps lower its loss by less than this share; None never.
+    """
+
+    features: int = 64
+    latent_dim: int = 100
+    w_feature: float = 0.1
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    search_steps: int = 500
+    search_lr: float = 0.01
+    search_tol: float | None = None
+
+    default_epochs: ClassVar[int] = 20
+    exportable: ClassVar[bool] = False
+    conformance_hparams: ClassVar[dict[str, Any]] = {
+        "features": 4,
+        "latent_dim": 8,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "search_steps": 10,
+        "search_lr": 0.05,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(features=(self.features, 2), latent_dim=(self.latent_dim, 1), search_steps=(self.search_steps, 0))
+        check_share("w_feature", self.w_feature)
+        check_adam(self.lr, self.betas)
+        if not self.search_lr > 0:
+            raise InvalidInput(f"search_lr must be positive, got {self.search_lr}.")
+        if self.search_tol is not None and not 0 <= self.search_tol < 1:
+            raise InvalidInput(f"search_tol must lie in [0, 1), or be None for all steps, got {self.search_tol}.")
+
+    def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
+        """`generator` and `discriminator`."""
+        check_square(chw)
+        channels, side, _ = chw
+        generator = Decoder(side, channels, self.features, self.latent_dim)
+        discriminator = Discriminator(side, channels, self.features)
+        return {"generator": generator.apply(dcgan_init), "discriminator": discriminator.apply(dcgan_init)}
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: D, then G against the D so updated, as DCGAN is trained."""
+        adam = Optimiser(self.lr, self.betas)
+        discriminator = Phase("discriminator", ("discriminator",), self._discriminator_phase, adam)
+        generator = Phase("generator", ("generator",), self._generator_phase, adam)
+        return (Stage("train", (discriminator, generator)),)
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`z`, codes from the uniform prior on [-1, 1]."""
+        return {"z": self._codes(n, generator)}
+
+    def _codes(self, n: int, generator: torch.Generator) -> Tensor:
+        return 2 * torch.rand(n, self.latent_dim, 1, 1, generator=generator) - 1
+
+    def _discriminator_phase(self, networks: Networks, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        x_hat = networks["generator"](step.draws["z"])
+        logits_real, _ = networks["discriminator"](step.images)
+        logits_fake, _ = networks["discriminator"](x_hat.detach())
+        loss = bce(logits_real, real=True) + bce(logits_fake, real=False)  # eq. 1, for D
+        return loss, {"discriminator": loss, "x_hat": x_hat}
+
+    def _generator_phase(self, networks: Networks, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_fake, _ = networks["discriminator"](step.earlier["x_hat"])
+        loss = bce(logits_fake, real=True)  # eq. 1, for G, in its non-saturating form
+        return loss, {"generator": loss}
+
+    def score(self, networks: Networks, images: Tensor) -> Tensor:
+        """A(x) = (1 - λ)·R(x) + λ·D(x), eq. 6: the loss of the last code of the search."""
+        return self._losses(networks, images, self._features(networks, images), self.search(networks, images))
+
+    def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
+        """|x - G(z)| at the end of the search, mean over the channels: the paper's residual image."""
+        return (images - networks["generator"](self.search(networks, images))).abs().mean(1)
+
+    def _features(self, networks: Networks, images: Tensor) -> Tensor:
+        return networks["discriminator"](images)[1]
+
+    def _losses(self, networks: Networks, images: Tensor, features: Tensor, z: Tensor) -> Tensor:
+        """(1 - λ)·Σ|x - G(z)| + λ·Σ|f(x) - f(G(z))| of each image, eqs. 2, 4 and 5."""
+        x_hat = networks["generator"](z)
+        residual = (images - x_hat).abs().flatten(1).sum(1)
+        discrimination = (features - self._features(networks, x_hat)).abs().flatten(1).sum(1)
+        return (1 - self.w_feature) * residual + self.w_feature * discrimination
+
+    def search(self, networks: Networks, images: Tensor) -> Tensor:
+        """A code z `(n, latent_dim, 1, 1)` for each image, near the least loss that gradient steps reach.
+
+        The images are searched together, but each has its own code, its own moments in Adam and, with networks in
+        evaluation mode, its own loss; the sum of the losses has the gradient of each.
+
+        # Differs: the paper starts from a random code. Here all images start from one code of a generator of its own,
+        so that a score depends neither on the images beside it nor on chance.
+        """
+        start = self._codes(1, torch.Generator().manual_seed(0)).to(images.device)
+        found = start.repeat(len(images), 1, 1, 1)
+        left = torch.arange(len(images), device=images.device)  # the images whose search goes on
+        z = found
+        momentum, scale = torch.zeros_like(z), torch.zeros_like(z)
+        previous: Tensor | None = None
+        with weights_frozen(networks):
+            features = self._features(networks, images)
+            for step in range(1, self.search_steps + 1):
+                with torch.enable_grad():
+                    z = z.detach().requires_grad_(True)
+                    losses = self._losses(networks, images, features, z)
+                    (gradient,) = torch.autograd.grad(losses.sum(), z)
+                momentum = BETA1 * momentum + (1 - BETA1) * gradient
+                scale = BETA2 * scale + (1 - BETA2) * gradient.square()
+                change = momentum / (1 - BETA1**step) / ((scale / (1 - BETA2**step)).sqrt() + TINY)
+                z = z.detach() - self.search_lr * change
+                if self.search_tol is None or step % CHECK_EVERY:
+                    continue
+                if previous is not None:
+                    found[left] = z
+                    on = losses.detach() < (1 - self.search_tol) * previous
+                    left, z, momentum, scale = left[on], z[on], momentum[on], scale[on]
+                    images, features, losses = images[on], features[on], losses[on]
+                    if not len(left):
+                        return found
+                previous = losses.detach()
+        found[left] = z.detach()
+        return found
