@@ -164,9 +164,11 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
 
     text = " ".join(str(error).split())
     command = next((word for word in words if word in COMMANDS), None)
-    match = re.search(r"(?:does not accept option|Option) '([\w.-]+)'|Unrecognized arguments: -{1,2}([\w-]+)", text)
+    match = re.search(
+        r"does not accept option '([\w.-]+)'|Option '([\w.-]+)' is not accepted|Unrecognized arguments: -{1,2}([\w-]+)", text
+    )
     if match and command:
-        name = (match[1] or match[2]).split(".")[-1].replace("-", "_")
+        name = next(filter(None, match.groups())).split(".")[-1].replace("-", "_")
         fresh = ArgumentParser(exit_on_error=False)
         COMMANDS[command][0](fresh)
         known = [action.dest for action in fresh._actions if action.dest not in ("help", "print_config")]

@@ -174,6 +174,8 @@ def test(options: Any) -> int:
 def data(options: Any) -> int:
     """List data sets, check their images, or get them; check: 1 when images are bad or in both train and test."""
     from ganomaly_plugin.datasets import inspect
+    from ganomaly_plugin.datasets.anomalib_sets import expand
+    from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.registry import entries
 
     names = options.datasets
@@ -181,18 +183,19 @@ def data(options: Any) -> int:
         names = sorted(name for name in entries("data set") if not name.endswith(":"))
     if not names:
         raise InvalidInput(f"Which data sets? Write bench data {options.action} NAME; bench data ls shows the names.")
-    ok = True
-    for item in names:
-        selection = parse_selection(item, "data set")
+    root, ok = data_root(options.data_root), True
+    chosen = [parse_selection(item, "data set") for item in names]
+    if options.action == "get":
+        for selection in chosen:
+            print("\n".join(inspect.get(selection.name, root, **selection.options)))
+        return 0
+    for name, its in [each for selection in chosen for each in expand(selection.name, root, dict(selection.options))]:
         if options.action == "check":
-            report = inspect.check(selection.name, options.data_root, **selection.options)
+            report = inspect.check(name, root, **its)
             print("\n".join(report.lines()))
             ok &= report.ok
-        elif options.action == "get":
-            print("\n".join(inspect.get(selection.name, options.data_root, **selection.options)))
         else:
-            content = inspect.describe(selection.name, options.data_root, **selection.options)
-            print("\n".join(inspect.describe_lines(content)))
+            print("\n".join(inspect.describe_lines(inspect.describe(name, root, **its))))
     return 0 if ok else 1
 
 

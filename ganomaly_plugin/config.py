@@ -17,6 +17,8 @@ from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import entries, make_detector, resolve
 from ganomaly_plugin.selection import Selection, show
 
+MAX_SIDE = 2048  # pixels
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -136,12 +138,12 @@ def check_budget(experiment: Experiment) -> None:
         value = getattr(experiment, name)
         if value is not None and value < 1:
             raise InvalidInput(f"{name} must be at least 1, got {value}.")
-    if experiment.image_size is not None and experiment.image_size < 1:
-        raise InvalidInput(f"image_size must be at least 1, got {experiment.image_size}.")
+    if experiment.image_size is not None and not 1 <= experiment.image_size <= MAX_SIDE:
+        raise InvalidInput(f"image_size must be at least 1 and at most {MAX_SIDE}, got {experiment.image_size}.")
     if not 0 < experiment.train_fraction <= 1:
         raise InvalidInput(f"train_fraction must be in (0, 1], got {experiment.train_fraction}.")
-    if not 0 <= experiment.contamination < 1:
-        raise InvalidInput(f"contamination must be in [0, 1), got {experiment.contamination}.")
+    if not 0 <= experiment.contamination <= 0.5:
+        raise InvalidInput(f"contamination must be in [0, 0.5], got {experiment.contamination}.")
 
 
 def select_models(experiment: Experiment) -> list[Model]:

@@ -115,7 +115,7 @@ class RunRecord:
     error: str | None = None  # one line, for a failed job
     traceback: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)  # images: train, reference, test_normal, test_anomalous
+    counts: Mapping[str, int] = field(default_factory=dict)  # images: train, of them anomalous, reference, test
     seconds: Mapping[str, float] = field(default_factory=dict)  # fit, score
     split_digest: str | None = None
     reference: str | None = None  # where normal reference scores come from: "held-out" or "train"

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from ganomaly_plugin.errors import InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import InvalidInput, unknown
 
 
 def default_hparams(cls: type) -> dict[str, Any]:
@@ -47,6 +47,3 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
 def canonical_hparams(values: dict[str, Any]) -> dict[str, Any]:
     """`values` as plain JSON values, for records and keys."""
     return {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in values.items()}
-
-
-__all__ = ["canonical_hparams", "checked_hparams", "default_hparams", "one_line"]

@@ -92,8 +92,6 @@ def _run(job: Job, settings: Settings) -> Outcome:
         history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(oracle.aurocs)]
     notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
     notes["source"] = dict(dataset.source)
-    if split.contaminating:
-        notes["contaminating"] = split.contaminating
     if dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
         metrics |= _pixel_metrics(detector, test, dataset.masks[split.test], notes)
     n_anomalous = int(split.is_anomaly.sum())
@@ -103,6 +101,7 @@ def _run(job: Job, settings: Settings) -> Outcome:
         metrics=metrics,
         counts={
             "train": len(split.train),
+            "train_anomalous": split.contaminating,
             "reference": len(reference),
             "test_normal": len(test) - n_anomalous,
             "test_anomalous": n_anomalous,

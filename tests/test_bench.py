@@ -74,7 +74,7 @@ def test_paper_protocol_keeps_the_oracle_apart(bench, tmp_path: Path) -> None:
     assert curve.index(max(curve)) + 1 == record.metrics["oracle_epoch"]
     titles = [line for line in stdout.splitlines() if line.startswith("digits")]
     assert len(titles) == 3 and [("ORACLE" in title) for title in titles] == [False, False, True]
-    assert record.counts == {"train": 1295, "reference": 1295, "test_normal": 324, "test_anomalous": 178}
+    assert record.counts == {"train": 1295, "train_anomalous": 0, "reference": 1295, "test_normal": 324, "test_anomalous": 178}
 
 
 def test_failures_are_rows_and_the_sweep_goes_on(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +163,11 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--protocols", "one-anomalous/strict-v2"], "Did you mean 'one-anomalous/strict-v1'"),
         (["run", "--models", "ganomaly", "--classes", "0,cat"], "Unknown class 'cat'"),
         (["run", "--models", "ganomaly", "--image-size", 33], "multiple of 16"),
+        (["run", "--models", "ganomaly", "--image-size", 1_000_000], "at most 2048"),
+        (["run", "--models", "os:path"], "is not a detector"),
+        (["run", "--models", "json:dumps"], "is not a detector"),
+        (["run", "--models", "collections:OrderedDict"], "is not a detector"),
+        (["tables"], "results"),
         (["run", "--models", "ganomaly", "--image-size", 0], "image_size must be at least 1"),
         (["run", "--models", "ganomaly", "--seeds", "2-0"], "runs backwards"),
         (["run", "--models", "ganomaly", "--seeds", "one"], "Cannot read the seeds"),

@@ -78,6 +78,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown(f"option of data set {name}", key, known)
         want = type(known[key])
+        if want is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise InvalidInput(f"Option {key} of data set {name} is text, and YAML reads {value!r} as a number. Quote it.")
         if known[key] is not None and not (isinstance(value, want) and isinstance(value, bool) == (want is bool)):
             raise InvalidInput(f"Option {key} of data set {name} must be {want.__name__}, got {value!r}.")
     return {**known, **options}
