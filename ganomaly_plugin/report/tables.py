@@ -123,6 +123,8 @@ def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str) -> Tab
         cells[row] = {name: _cell(grid[name].to_numpy(), len(seeds)) for name in classes}
         # A seed counts in the mean only when all of its classes are there: means over different classes do not compare.
         cells[row][MEAN] = _cell(grid.mean(axis=1, skipna=False).to_numpy(), len(seeds))
+    if metric in _WITH_AUROC:  # a method without epochs has no oracle, one without maps no pixel metric
+        rows = [row for row in rows if any(cell.n for cell in cells[row].values())]
     return Table(dataset, protocol, metric, TITLES[metric], tuple(rows), (*classes, MEAN), cells)
 
 
