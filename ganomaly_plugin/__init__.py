@@ -1,6 +1,7 @@
 """Honest, fast benchmarks of GAN-based image anomaly detection, with GANomaly as its authors wrote it.
 
 `make_detector`, `load_detector` and `list_detectors` are the programming interface; `bench` is the command.
+`ganomaly_plugin.Ganomaly`, `.Autoencoder` and so on, one for each recipe of the registry, are the anomalib modules.
 Everything heavy is imported on first use.
 """
 
@@ -32,8 +33,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name[:1].isupper():  # an anomalib module, made from the recipe of that name
+        from ganomaly_plugin.registry import anomalib_modules
+
+        target = anomalib_modules().get(name)
+        if target is not None:
+            from ganomaly_plugin.training.lightning_classes import module_class
+
+            recipe_module, _, recipe = target.partition(":")
+            made = module_class(getattr(importlib.import_module(recipe_module), recipe), module=__name__, name=name)
+            globals()[name] = made
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

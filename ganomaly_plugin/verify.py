@@ -51,12 +51,24 @@ class Difference:
 def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
     trainer = PlainTrainer(recipe, networks, seed=0, device=device)
     losses = [trainer.step(batch) for batch in batches]
-    return np.array([[float(step[name]) for name in LOSSES] for step in losses]), trainer.networks
+    return _table(losses), trainer.networks
+
+
+def _lightning(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
+    from ganomaly_plugin.training.lightning_replay import replay  # anomalib takes seconds to import
+
+    losses, trained = replay(recipe, networks, batches, device)
+    return _table(losses), trained
+
+
+def _table(losses: list[dict[str, Tensor]]) -> np.ndarray:
+    """The losses of each step, `(steps, 5)`."""
+    return np.array([[float(step[name]) for name in LOSSES] for step in losses])
 
 
 Replayer = Callable[[GanomalyRecipe, dict[str, torch.nn.Module], Tensor, torch.device], Replay]
 #: A trainer by name: (recipe, networks at their initial weights, batches, device) → (losses (steps, 5), networks).
-TRAINERS: Mapping[str, Replayer] = {"plain": _plain}
+TRAINERS: Mapping[str, Replayer] = {"plain": _plain, "lightning": _lightning}
 
 
 def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str = "cpu") -> list[Difference]:

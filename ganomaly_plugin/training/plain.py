@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,31 @@ def make_optimiser(options: Optimiser, parameters: list[nn.Parameter]) -> torch.
     return torch.optim.Adam(parameters, lr=options.lr, betas=options.betas, fused=True)
 
 
+def trained_parameters(phase: Phase, networks: Networks) -> list[nn.Parameter]:
+    """The weights that `phase` updates."""
+    return [p for name in phase.trains for p in networks[name].parameters()]
+
+
+def make_average(recipe: Recipe, networks: Networks) -> AveragedModel | None:
+    """A moving average of weights and buffers that starts at `networks`; None when the recipe does not average."""
+    if recipe.ema_decay is None:
+        return None
+    return AveragedModel(nn.ModuleDict(networks), multi_avg_fn=warmed_average(recipe.ema_decay), use_buffers=True)
+
+
+def warmed_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """An update of a moving average whose decay is at most (1 + n) / (10 + n) after n updates.
+
+    # Differs: the papers that average keep `decay` from the start, over tens of thousands of steps. In a budget of a
+    few hundred, which small data sets bring, the average would still be mostly the initial weights.
+    """
+
+    def update(averaged: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
+
+    return update
+
+
 class PlainTrainer:
     """Holds one model in training and advances it a step at a time.
 
@@ -40,27 +66,28 @@ class PlainTrainer:
         networks: The recipe's networks; moved to `device` and trained in place.
         seed: Determines the steps' random draws and re-drawn networks.
         device: Where the steps run.
+        average: The moving average of the networks to go on with; None starts one, if the recipe averages.
     """
 
-    def __init__(self, recipe: Recipe, networks: Networks, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, networks: Networks, *, seed: int, device: torch.device, average: AveragedModel | None = None
+    ) -> None:
         self.recipe = recipe
         self.device = device
         self.networks = {name: to_device(net, device) for name, net in networks.items()}
         self.rng = torch.Generator().manual_seed(seed)
         self.steps = 0
-        self._average: AveragedModel | None = None
-        if recipe.ema_decay is not None:
-            average = get_ema_multi_avg_fn(recipe.ema_decay)
-            self._average = AveragedModel(nn.ModuleDict(self.networks), multi_avg_fn=average, use_buffers=True)
+        self._average = make_average(recipe, self.networks) if average is None else average
         self.begin(recipe.stages[0])
 
-    def begin(self, stage: Stage) -> None:
-        """Start `stage` with fresh optimisers."""
-        self._phases: list[tuple[Phase, list[nn.Parameter], torch.optim.Optimizer]] = []
-        for phase in stage.phases:
-            parameters = [p for name in phase.trains for p in self.networks[name].parameters()]
-            self._phases.append((phase, parameters, make_optimiser(phase.optimiser, parameters)))
-        self._stage_steps = 0
+    def begin(self, stage: Stage, optimisers: Sequence[Any] | None = None) -> None:
+        """Start `stage` with fresh optimisers: its own, or one a phase from a host that wants a say in their `step()`."""
+        self._phases: list[tuple[Phase, list[nn.Parameter], Any]] = []
+        for k, phase in enumerate(stage.phases):
+            parameters = trained_parameters(phase, self.networks)
+            optimiser = make_optimiser(phase.optimiser, parameters) if optimisers is None else optimisers[k]
+            self._phases.append((phase, parameters, optimiser))
+        self.stage_steps = 0
 
     def step(self, images: Tensor) -> dict[str, Tensor]:
         """One training step on a batch `(b, c, h, w)`, uint8 or in [-1, 1]; returns its losses as they stood in it."""
@@ -68,10 +95,10 @@ class PlainTrainer:
         x = x.contiguous(memory_format=torch.channels_last)
         draws = {name: value.to(self.device) for name, value in self.recipe.draw(len(x), self.rng).items()}
         self._train_mode()
-        self._stage_steps += 1
+        self.stage_steps += 1
         self.steps += 1
         earlier: dict[str, Tensor] = {}
-        due = [entry for entry in self._phases if self._stage_steps % entry[0].every == 0]
+        due = [entry for entry in self._phases if self.stage_steps % entry[0].every == 0]
         for phase, parameters, optimiser in due:
             loss, computed = phase.loss(self.networks, StepInput(x, draws, earlier))
             more = phase is not due[-1][0]
@@ -88,10 +115,7 @@ class PlainTrainer:
 
     def scoring_networks(self) -> Networks:
         """The networks to score with: the averaged ones when the recipe averages, else those in training."""
-        if self._average is None:
-            return self.networks
-        averaged = self._average.module
-        return {name: averaged.get_submodule(name) for name in self.networks}
+        return averaged_networks(self._average) if self._average is not None else self.networks
 
     def _train_mode(self) -> None:
         trained = {name for phase, _, _ in self._phases for name in phase.trains}
@@ -106,6 +130,11 @@ class PlainTrainer:
                 network = self.networks[name].cpu()
                 self.recipe.redraw(network)
                 to_device(network, self.device)
+
+
+def averaged_networks(average: AveragedModel) -> dict[str, nn.Module]:
+    """The networks, by name, that a moving average holds."""
+    return {str(name): network for name, network in average.module.named_children()}
 
 
 def epoch_batches(n: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:

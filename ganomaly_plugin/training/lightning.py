@@ -1,0 +1,297 @@
+"""Recipes as anomalib modules: `ganomaly_plugin.Ganomaly` and its kin, for anomalib's command line, API and configs.
+
+Every module is made from a recipe; its training step is the plain trainer's, with Lightning's optimisers in it. The data
+module decides on the batches. A last batch that is shorter than the others is left out, as everywhere in this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor, nn
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.images import to_float
+from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.training.detector import scoring_mode
+from ganomaly_plugin.training.plain import (
+    PlainTrainer,
+    averaged_networks,
+    build_networks,
+    epoch_means,
+    make_average,
+    make_optimiser,
+    trained_parameters,
+)
+from ganomaly_plugin.training.pre_processing import GanPreProcessor, to_grey
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("32-true", "32", "bf16-mixed")
+_UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
+_OWN_KEY = "ganomaly_plugin"
+#: Recipe fields that are no init arguments: the data module decides on the batches.
+HIDDEN = ("batch_size",)
+
+
+class RecipeModel(nn.Module):
+    """A recipe's networks, and their scores in anomalib's terms.
+
+    Args:
+        recipe: The method.
+        networks: Its networks.
+        channels: What they take: 3, or 1 for which colours are turned grey. anomalib knows images of 3 channels only.
+    """
+
+    def __init__(self, recipe: Recipe, networks: dict[str, nn.Module], channels: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.channels = channels
+        self.networks = nn.ModuleDict(networks)
+        self.average = make_average(recipe, networks)
+        self.has_map = type(recipe).anomaly_map is not Recipe.anomaly_map
+
+    def scoring_networks(self) -> Networks:
+        """The networks to score with: the averaged ones when the recipe averages."""
+        return averaged_networks(self.average) if self.average is not None else dict(self.networks.items())
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Raw scores `(n,)` and, of methods that reconstruct, anomaly maps `(n, h, w)` of images in [-1, 1]."""
+        networks = self.scoring_networks()
+        if torch.compiler.is_compiling():  # an export, which wants the bare computation
+            return self._score(networks, images)
+        # Lightning evaluates in inference mode, in which a method that searches by gradient could not.
+        with torch.inference_mode(False), torch.no_grad(), scoring_mode(networks, self.recipe.batchnorm):
+            return self._score(networks, images.clone())
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Images of anomalib `(b, 3, h, w)` with the channels that the networks take."""
+        plain = images if torch.compiler.is_compiling() else images.as_subclass(Tensor)  # no tv_tensors.Image
+        return to_grey(plain) if self.channels == 1 else plain
+
+    def _score(self, networks: Networks, images: Tensor) -> InferenceBatch:
+        x = to_float(self.inputs(images), self.recipe.input_range)
+        score = self.recipe.score(networks, x)
+        return InferenceBatch(pred_score=score, anomaly_map=self.recipe.anomaly_map(networks, x) if self.has_map else None)
+
+
+class RecipeModule(AnomalibModule):
+    """An anomalib module around a recipe; `lightning_classes.module_class` makes one for each.
+
+    Args:
+        image_size: Side of the images, a multiple of 16.
+        channels: 3, or 1 to train on grey images.
+        seed: Determines initial weights and random draws, as in `bench run`; None takes them from torch's global state.
+        pre_processor, post_processor, evaluator, visualizer: As of any anomalib model.
+        **hparams: The recipe's fields.
+
+    Raises:
+        InvalidInput: A value is not allowed.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        channels: int = 3,
+        seed: int | None = 0,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+        **hparams: Any,
+    ) -> None:
+        if channels not in (1, 3):
+            raise InvalidInput(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
+        recipe = self.recipe_class(**hparams)
+        chw = (channels, image_size, image_size)
+        recipe.check_shape(chw)
+        if seed is None:
+            seed = int(torch.randint(2**62, (1,)))
+        super().__init__(
+            pre_processor=GanPreProcessor(image_size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        given = self.input_size
+        if pre_processor not in (True, False) and given is not None and tuple(given) != chw[1:]:
+            raise InvalidInput(
+                f"The pre-processor makes images of {given[0]}×{given[1]}, but image_size is {image_size}. Make them agree."
+            )
+        self.hparams.update({k: v for k, v in asdict(recipe).items() if k not in HIDDEN}, seed=seed)  # defaults too
+        self.recipe, self.seed, self.chw = recipe, seed, chw
+        self.automatic_optimization = False
+        self.model = RecipeModel(recipe, build_networks(recipe, chw, seed), channels)
+        self._loop: PlainTrainer | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    model: RecipeModel
+    _stage: int
+
+    @property
+    @abstractmethod
+    def recipe_class(self) -> type[Recipe]:
+        """The recipe that the generated class is for."""
+
+    @classmethod
+    def __subclasses__(cls) -> list[type]:
+        """None: jsonargparse, which looks models up by short names, is to find anomalib's Ganomaly under `Ganomaly`."""
+        return []
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Trained on normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check before training: thresholds of untrained networks mean nothing."""
+        return {"num_sanity_val_steps": 0}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would train something else than the method, and give an unset epoch budget its published value."""
+        if stage != "fit":
+            return
+        trainer, stages = self.trainer, len(self.recipe.stages)
+        if trainer.world_size > 1:
+            raise InvalidInput(
+                f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
+                "classes side by side instead."
+            )
+        if str(trainer.precision) not in PRECISIONS:
+            raise InvalidInput(f"{self.name} trains in {' or '.join(PRECISIONS)}, got precision {trainer.precision!r}.")
+        if trainer.max_epochs == _UNSET_EPOCHS:
+            trainer.fit_loop.max_epochs = self.recipe.default_epochs * stages
+            logger.warning("max_epochs is not set: training for the published %d epochs.", trainer.max_epochs)
+        if stages > 1 and (trainer.max_epochs or 0) < stages:
+            raise InvalidInput(
+                f"{self.name} trains in {stages} stages that share the epochs: set trainer.max_epochs to at least {stages}, "
+                f"got {trainer.max_epochs}."
+            )
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One optimiser a phase, of all stages in turn."""
+        networks = dict(self.model.networks.items())
+        self._loop = PlainTrainer(self.recipe, networks, seed=self.seed, device=self.device, average=self.model.average)
+        return [
+            make_optimiser(phase.optimiser, trained_parameters(phase, networks))
+            for stage in self.recipe.stages
+            for phase in stage.phases
+        ]
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the stage that the epoch belongs to: they share the epochs evenly."""
+        loop = self._training()
+        stages = self.recipe.stages
+        epochs = max(int(self.trainer.max_epochs or 0), 1)
+        index = min(self.current_epoch * len(stages) // epochs, len(stages) - 1) if len(stages) > 1 else 0
+        if self._stage != index:
+            self._stage = index
+            first = sum(len(stage.phases) for stage in stages[:index])
+            optimisers = self.optimizers(use_pl_optimizer=True)
+            optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
+            loop.begin(stages[index], optimisers[first : first + len(stages[index].phases)])
+        if self._resumed is not None:
+            loop.steps, loop.stage_steps = self._resumed["steps"], self._resumed["stage_steps"]
+            loop.rng.set_state(self._resumed["rng"])
+            self._resumed = None
+        self._losses: list[dict[str, Tensor]] = []
+
+    def on_fit_start(self) -> None:
+        """Check that the optimisers are ours, and forget what an earlier fit was at."""
+        self._stage = -1
+        if self._loop is None:
+            raise InvalidInput(f"{self.name} brings its own optimisers. Leave optimizer and lr_scheduler out; set lr instead.")
+        if not self.trainer.ckpt_path:
+            self._resumed = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor] | None:
+        """One step of the plain trainer; returns its losses."""
+        images = self.model.inputs(batch.image)  # type: ignore[arg-type]
+        self._check_images(images)
+        if batch_idx == 0:
+            self._full_batch = len(images)
+        elif len(images) < self._full_batch:
+            return None
+        losses = self._training().step(images)
+        self._losses.append(losses)
+        return dict(losses)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean losses; raises Diverged when one is not finite."""
+        loop = self._training()
+        means = epoch_means(self._losses, self.recipe.stages[self._stage], first_step=loop.steps - len(self._losses) + 1)
+        self.log_dict({f"{name}_loss": value for name, value in means.items()}, prog_bar=True)
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:  # type: ignore[override]
+        """Score a batch; the post-processor takes its thresholds from these."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store, as plain values, whose checkpoint it is and where the random draws stand."""
+        super().on_save_checkpoint(checkpoint)
+        own: dict[str, Any] = {"model": self.name}
+        if self._loop is not None:
+            own |= {"steps": self._loop.steps, "stage_steps": self._loop.stage_steps, "rng": self._loop.rng.get_state()}
+        checkpoint[_OWN_KEY] = own
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise InvalidInput, in one line, for a checkpoint of another model or of other sizes."""
+        super().on_load_checkpoint(checkpoint)
+        own = checkpoint.get(_OWN_KEY, {})
+        found = own.get("model", "a model of another package")
+        if found != self.name:
+            raise InvalidInput(f"The checkpoint holds {found}, not {self.name}. Give the model it was trained as.")
+        state, ours = checkpoint["state_dict"], self.state_dict()
+        if any(state[key].shape != ours[key].shape for key in state.keys() & ours.keys()) or state.keys() - ours.keys():
+            saved, mine = dict(checkpoint.get("hyper_parameters", {})), dict(self.hparams)
+            differ = [f"{k}={v!r} instead of {mine[k]!r}" for k, v in saved.items() if k in mine and mine[k] != v]
+            raise InvalidInput(
+                f"The checkpoint's {self.name} has {', '.join(differ) or 'other networks'}. Set the same values."
+            )
+        self._resumed = {key: own[key] for key in ("steps", "stage_steps", "rng")} if "rng" in own else None
+
+    def to_onnx(  # type: ignore[override]
+        self, export_root: Path | str, model_file_name: str = "model", input_size: tuple[int, int] | None = None, **kwargs: Any
+    ) -> Path:
+        """Export to ONNX (and on the way to OpenVINO); the batch size stays free.
+
+        Raises:
+            InvalidInput: The scores are no function that ONNX can hold.
+        """
+        if not self.recipe.exportable:
+            raise InvalidInput(f"{self.name} scores by a search with gradients, which ONNX and OpenVINO lack. Export to torch.")
+        if self.recipe.batchnorm == "batch":
+            raise InvalidInput('Scores with batchnorm="batch" depend on their batch; only batchnorm="running" can be exported.')
+        kwargs.setdefault("opset_version", 18)  # what the exporter writes; a conversion to anomalib's 14 fails, loudly
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the optimisers out of an export to torch."""
+        parent = super()
+        state = parent.__getstate__() if hasattr(parent, "__getstate__") else self.__dict__
+        return {**state, "_loop": None}  # type: ignore[dict-item]
+
+    def _training(self) -> PlainTrainer:
+        if self._loop is None:
+            raise InvalidInput(f"{self.name} is not in training. Call Engine.fit.")
+        return self._loop
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.shape[-2:] != self.chw[1:]:
+            raise InvalidInput(
+                f"{self.name} got images of {images.shape[-2]}×{images.shape[-1]} and expects {self.chw[1]}×{self.chw[2]}. "
+                "Keep its own pre-processor, or resize in yours."
+            )
