@@ -48,6 +48,7 @@ DETECTORS = (
     _builtin("iforest", "detectors.classical:IsolationForestDetector", "isolation forest, on pixels"),
     _builtin("ocsvm", "detectors.classical:OneClassSvm", "one-class SVM with an RBF kernel, on pixels"),
     _builtin("mean_intensity", "detectors.mean_intensity:MeanIntensity", "the floor: distance of the mean brightness"),
+    _builtin("anomalib:", "detectors.anomalib_models:AnomalibDetector", "any model of anomalib, as anomalib:Padim"),
 )
 
 DATASETS = (
@@ -105,7 +106,7 @@ def resolve(kind: str, name: str) -> Any:
     """The object registered as `name`, or named by a class path `module:attribute`.
 
     A registered name that ends in a colon is a family: `folder:PATH` resolves to the object of `folder:` with PATH
-    as its first argument.
+    as its first argument, and `anomalib:NAME` to what `for_name(NAME)` of the object of `anomalib:` returns.
 
     Raises:
         InvalidInput: The name is unknown, or its module cannot be imported.
@@ -125,7 +126,9 @@ def resolve(kind: str, name: str) -> Any:
         raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")
     if not callable(found):
         raise InvalidInput(f"{name!r} ({target}) is not a {kind}: it cannot be called. Give a function or a class.")
-    return functools.partial(found, argument) if in_family else found
+    if not in_family:
+        return found
+    return found.for_name(argument) if hasattr(found, "for_name") else functools.partial(found, argument)
 
 
 def _looks_like_a_detector(found: Any) -> bool:
@@ -180,7 +183,8 @@ def load_detector(path: str | os.PathLike[str], *, device: str = "auto", name: s
 
     content = read_detector_file(path)
     saved = content.get("name")
-    if name is None and saved not in entries("detector"):
+    family = f"{str(saved).partition(':')[0]}:"
+    if name is None and not {saved, family} & set(entries("detector")):
         raise InvalidInput(
             f"{path} holds a detector {saved!r} that is not registered. If you trust it, pass its class path as name=."
         )

@@ -68,9 +68,15 @@ def number_like(value: Any) -> Any:
 def parse_selection(item: Any, what: str) -> Selection:
     """A `Selection` from `name`, `name[key=value]` or, in YAML, `{name: ..., options: {...}}`.
 
+    anomalib's form, `{class_path: anomalib.models.Padim, init_args: {...}}`, means `anomalib:Padim` with those options.
+
     Raises:
         InvalidInput: The item has another form.
     """
+    if isinstance(item, Mapping) and isinstance(item.get("class_path"), str) and not set(item) - {"class_path", "init_args"}:
+        module, _, name = item["class_path"].rpartition(".")
+        known = module.split(".")[0] in ("", "anomalib")
+        item = {"name": f"anomalib:{name}" if known else f"{module}:{name}", "options": item.get("init_args") or {}}
     if isinstance(item, Mapping):
         extra = set(item) - {"name", "options"}
         if extra or not isinstance(item.get("name"), str) or not isinstance(item.get("options", {}), Mapping):

@@ -45,7 +45,7 @@ def make_average(recipe: Recipe, networks: Networks) -> AveragedModel | None:
     return AveragedModel(nn.ModuleDict(networks), multi_avg_fn=warmed_average(recipe.ema_decay), use_buffers=True)
 
 
-def warmed_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def warmed_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
     """An update of a moving average whose decay is at most (1 + n) / (10 + n) after n updates.
 
     # Differs: the papers that average keep `decay` from the start, over tens of thousands of steps. In a budget of a

@@ -1,0 +1,325 @@
+"""Any model of anomalib as a detector: `anomalib:Padim`, `anomalib:Patchcore`, `anomalib:Ganomaly`, ...
+
+The model is built after seeding, trained by anomalib's Engine on the images in memory, and scores without anomalib's
+post-processing: thresholds, scaling to [0, 1] and clamping are left out, so a ranking is that of the raw scores.
+anomalib is imported inside the functions, since it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import inspect
+import logging
+import random
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.core import OnEpoch
+from ganomaly_plugin.detectors.base import BaseDetector
+from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.images import to_float
+
+_COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
+_OURS = ("image_size", "batch_size", "input_range")
+
+
+class AnomalibDetector(BaseDetector):
+    """One anomalib model behind our interface; `for_name` makes the class for each model.
+
+    Args:
+        image_size: Side the model's pre-processor resizes to; None: the model's own, 256 for most.
+        batch_size: Images in a training step and scored at once.
+        input_range: What black and white become; None: the model's own normalisation, ImageNet's for most.
+        **init_args: The model's own arguments, as in anomalib's configs.
+    """
+
+    #: The budget of models that do not set their own; GANomaly's.
+    default_epochs: ClassVar[int] = 15
+    model_name: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        image_size: int | None = None,
+        batch_size: int = 32,
+        input_range: tuple[float, float] | None = None,
+        **init_args: Any,
+    ) -> None:
+        if image_size is not None and image_size < 1:
+            raise InvalidInput(f"image_size must be at least 1, got {image_size}.")
+        if batch_size < 1:
+            raise InvalidInput(f"batch_size must be at least 1, got {batch_size}.")
+        if input_range is not None and not input_range[0] < input_range[1]:
+            raise InvalidInput(f"input_range must be (low, high) with low < high, got {input_range}.")
+        self.image_size, self.batch_size, self.input_range, self.init_args = image_size, batch_size, input_range, init_args
+
+    @classmethod
+    def for_name(cls, name: str) -> type[AnomalibDetector]:
+        """The detector class of the anomalib model `name`, its init arguments checked like any hyperparameter.
+
+        Raises:
+            InvalidInput: anomalib is not installed or has no such model.
+        """
+        return _detector_class(name)
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """Our options and the model's init arguments, defaults filled in."""
+        ours = {"image_size": self.image_size, "batch_size": self.batch_size, "input_range": self.input_range}
+        own = {**_init_defaults(self.model_name), **self.init_args}
+        return {name: _plain(value) for name, value in {**ours, **own}.items()}
+
+    def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
+        from anomalib.engine import Engine
+
+        from ganomaly_plugin.detectors.anomalib_data import AfterEpoch, ImagesInMemory
+
+        self.history_: list[dict[str, float]] = []
+        self.device_ = device
+        with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors():
+            self.model_ = self._build()
+            place = {"accelerator": "cpu"} if device.type == "cpu" else {"accelerator": "gpu", "devices": [device.index or 0]}
+            engine = Engine(
+                callbacks=[AfterEpoch(self, on_epoch if self.has_epochs else None)],
+                default_root_dir=folder,
+                max_epochs=epochs or self.default_epochs,
+                limit_val_batches=0,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **place,
+            )
+            data: Any = ImagesInMemory(images, self.batch_size)
+            engine.fit(self.model_, datamodule=data)
+        self.model_.to(device).eval()
+
+    def _build(self, **changes: Any) -> Any:
+        cls = _model_class(self.model_name)
+        return cls(
+            pre_processor=self._pre_processor(cls), post_processor=False, evaluator=False, visualizer=False,
+            **{**self.init_args, **changes},
+        )  # fmt: skip
+
+    def _pre_processor(self, cls: Any) -> Any:
+        if self.input_range is not None:
+            from anomalib.pre_processing import PreProcessor
+            from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+            low, high = self.input_range
+            std = 1 / (high - low)  # (x - mean) / std takes 0 to low and 1 to high
+            side = self.image_size or 256
+            steps = [Resize((side, side), antialias=True), Normalize(mean=[-low * std] * 3, std=[std] * 3)]
+            return PreProcessor(transform=Compose(steps))
+        return True if self.image_size is None else cls.configure_pre_processor(image_size=(self.image_size, self.image_size))
+
+    def _score(self, images: Tensor) -> Tensor:
+        return self._predict(images, "score")
+
+    def _anomaly_map(self, images: Tensor) -> Tensor:
+        return self._predict(images, "map")
+
+    def _predict(self, images: Tensor, what: str) -> Tensor:
+        transform = self.model_.pre_processor.transform if self.model_.pre_processor else None
+        self.model_.eval()
+        parts = []
+        with torch.no_grad():
+            for chunk in images.split(self.batch_size):
+                x = as_photographs(chunk).to(self.device_)
+                found = self.model_.model(transform(x) if transform is not None else x)
+                parts.append(self._of(found, what, images.shape[-2:]).float().cpu())
+        return torch.cat(parts)
+
+    def _of(self, found: Any, what: str, size: Any) -> Tensor:
+        score, anomaly_map = found.pred_score, found.anomaly_map
+        if what == "score":
+            return score.flatten() if score is not None else anomaly_map.flatten(1).amax(1)
+        if anomaly_map is None:
+            raise InvalidInput(f"{self.name} has no anomaly map: it scores whole images.")
+        maps = anomaly_map.reshape(len(anomaly_map), 1, *anomaly_map.shape[-2:]).float()
+        return torch.nn.functional.interpolate(maps, tuple(size), mode="bilinear", antialias=True).squeeze(1)
+
+    def describe(self) -> dict[str, Any]:
+        """The class, anomalib's version, and the number of weights."""
+        from importlib.metadata import version
+
+        weights = sum(p.numel() for p in self.model_.parameters())
+        return {"class_path": f"anomalib.models.{self.model_name}", "anomalib": version("anomalib"), "parameters": weights}
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": {name: value.detach().cpu() for name, value in self.model_.state_dict().items()}}
+
+    def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        with quiet(), self._readable_errors():  # the saved weights are all there: nothing is to be downloaded
+            known = _init_defaults(self.model_name)
+            self.model_ = self._build(**({"pre_trained": False} if "pre_trained" in known else {}))
+        try:
+            self.model_.load_state_dict(state["model"])
+        except (KeyError, RuntimeError) as error:
+            raise CorruptFile(f"The weights do not fit {self.name}: {one_line(error)[:200]}.") from error
+        self.model_.to(device).eval()
+        self.device_, self.history_ = device, []
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        """anomalib's, timm's and huggingface's errors as one line; a failed download says what to put where."""
+        try:
+            yield
+        except BenchError:
+            raise
+        except Exception as error:
+            name = self.name or f"anomalib:{self.model_name}"
+            if not is_download_error(error):
+                raise InvalidInput(f"{name} failed in anomalib: {one_line(error)[:300]}") from error
+            hint = ", or set pre_trained=false" if "pre_trained" in _init_defaults(self.model_name) else ""
+            raise InvalidInput(
+                f"{name} needs pretrained weights that are not here and cannot be downloaded: {self._weights()}. Fetch them "
+                "on a machine with a network, by running the same there, and copy its ~/.cache/huggingface/hub (HF_HOME) and "
+                f"~/.cache/torch/hub/checkpoints (TORCH_HOME) here{hint}. ({one_line(error)[:160]})"
+            ) from error
+
+    def _weights(self) -> str:
+        """The files a backbone comes in, as far as its name tells."""
+        backbone = self.hparams.get("backbone")
+        if not isinstance(backbone, str):
+            return f"those of {self.model_name}"
+        try:
+            from timm.models import get_pretrained_cfg
+
+            config = get_pretrained_cfg(backbone)
+        except Exception:  # torchvision's and other hubs' names
+            config = None
+        return f"{backbone}, {config.hf_hub_id} on the Hugging Face hub" if config and config.hf_hub_id else backbone
+
+
+def as_photographs(images: Tensor) -> Tensor:
+    """Our images as anomalib's: float `(n, 3, h, w)` in [0, 1]; grey ones get three equal channels."""
+    x = (to_float(images.clone()) + 1) / 2
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def is_download_error(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, is a network or a missing file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        words = type(seen).__name__ + type(seen).__module__
+        if isinstance(seen, OSError) or any(word in words for word in ("Connect", "httpx", "huggingface_hub", "Offline")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All of the global random states set from `seed` inside, and as before outside."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - anomalib's models draw from the global state
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps anomalib's and Lightning's notes and warnings off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _model_class(name: str) -> Any:
+    try:
+        with quiet():
+            import anomalib.models as models
+            from anomalib.models import AnomalibModule
+    except ImportError as error:
+        raise InvalidInput(f"anomalib:{name} needs anomalib: {one_line(error)}. Run pip install anomalib.") from error
+    image_models = [n for n in models.__all__ if _is_model(getattr(models.image, n, None), AnomalibModule)]
+    found = getattr(models.image, name, None)
+    if name not in image_models:
+        raise unknown("anomalib model", name, image_models, todo="Write its class name, as in anomalib:Padim.")
+    return found
+
+
+def _is_model(value: Any, base: type) -> bool:
+    return inspect.isclass(value) and issubclass(value, base) and not inspect.isabstract(value)
+
+
+@functools.cache
+def _init_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The init arguments of an anomalib model that users may set, with types instead of text as annotations."""
+    init = _model_class(name).__init__
+    hints = get_type_hints(init)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, Any))
+        for p in inspect.signature(init).parameters.values()
+        if p.kind in kinds and p.name != "self" and p.name not in _COMPONENTS
+    }
+
+
+def _init_defaults(name: str) -> dict[str, Any]:
+    return {p.name: p.default for p in _init_parameters(name).values() if p.default is not p.empty}
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as a JSON value; what has none, such as a module, as its text."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _sets_epochs(cls: Any) -> bool:
+    """Whether the model trains for a number of epochs (or steps) of its own, whatever the user says."""
+    try:
+        own = cls.trainer_arguments.fget(None)  # most return constants
+    except Exception:  # those that ask their instance do so for other things
+        return False
+    return "max_epochs" in own
+
+
+@functools.cache
+def _detector_class(name: str) -> type[AnomalibDetector]:
+    init_parameters = _init_parameters(name)
+    base = inspect.signature(AnomalibDetector.__init__)
+    hints = get_type_hints(AnomalibDetector.__init__)
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in base.parameters.values()
+        if p.name in _OURS and p.name not in init_parameters
+    ]
+
+    def __init__(self: AnomalibDetector, **kwargs: Any) -> None:
+        AnomalibDetector.__init__(self, **kwargs)
+
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    __init__.__signature__ = inspect.Signature([first, *own, *init_parameters.values()])  # type: ignore[attr-defined]
+    namespace = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "__doc__": f"anomalib's {name} as a detector.",
+        "model_name": name,
+        "has_epochs": not _sets_epochs(_model_class(name)),
+        "has_anomaly_map": True,
+    }
+    return types.new_class(f"Anomalib{name}", (AnomalibDetector,), exec_body=lambda body: body.update(namespace))
