@@ -6,6 +6,7 @@ module decides on the batches. A last batch that is shorter than the others is l
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import abstractmethod
 from dataclasses import asdict
@@ -39,7 +40,7 @@ from ganomaly_plugin.training.pre_processing import GanPreProcessor, to_grey
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("32-true", "32", "bf16-mixed")
+PRECISION = "32-true"
 _UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
 _OWN_KEY = "ganomaly_plugin"
 #: Recipe fields that are no init arguments: the data module decides on the batches.
@@ -62,6 +63,15 @@ class RecipeModel(nn.Module):
         self.networks = nn.ModuleDict(networks)
         self.average = make_average(recipe, networks)
         self.has_map = type(recipe).anomaly_map is not Recipe.anomaly_map
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out how the average is updated, a closure, which an export to torch could not pickle."""
+        state = super().__getstate__()
+        if self.average is not None:
+            average = copy.copy(self.average)
+            average.multi_avg_fn = None
+            state["_modules"] = {**state["_modules"], "average": average}
+        return state
 
     def scoring_networks(self) -> Networks:
         """The networks to score with: the averaged ones when the recipe averages."""
@@ -170,8 +180,8 @@ class RecipeModule(AnomalibModule):
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
                 "classes side by side instead."
             )
-        if str(trainer.precision) not in PRECISIONS:
-            raise InvalidInput(f"{self.name} trains in {' or '.join(PRECISIONS)}, got precision {trainer.precision!r}.")
+        if str(trainer.precision) != PRECISION:  # gradients are taken without Lightning's scaler
+            raise InvalidInput(f"{self.name} trains with precision {PRECISION}, got {trainer.precision}. Leave precision out.")
         if trainer.max_epochs == _UNSET_EPOCHS:
             trainer.fit_loop.max_epochs = self.recipe.default_epochs * stages
             logger.warning("max_epochs is not set: training for the published %d epochs.", trainer.max_epochs)
