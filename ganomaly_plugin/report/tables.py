@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ganomaly_plugin.errors import unknown
+from ganomaly_plugin.datasets.base import default_options
+from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.report.frame import GROUP, check_comparable
 
 MEAN = "mean"
@@ -102,10 +103,15 @@ def make_tables(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")
 
 
 def describe_data(dataset: str, data: str, sampling: str) -> str:
-    """The data set, its size and its options in a few words, from a frame's `dataset`, `data` and `sampling`."""
+    """A few words from a frame's `dataset`, `data` and `sampling`: name, size, and options that are not defaults."""
     options: dict[str, Any] = json.loads(data)
     size = options.pop("image_size", None)
     words = [dataset] + ([f"{size}×{size}"] if size else [])
+    try:
+        usual = default_options(dataset)
+    except InvalidInput:  # the records are of a data set that is not installed here
+        usual = {}
+    options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
     words += [f"{key}={value}" for key, value in {**options, **json.loads(sampling)}.items()]
     return " ".join(words)
 
