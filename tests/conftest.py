@@ -42,10 +42,9 @@ def bench(capsys: pytest.CaptureFixture[str]):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what reads real data sets (under $GANOMALY_DATA_ROOT), unless `-m real_data` asks for it."""
-    if "real_data" in (config.option.markexpr or ""):
-        return
-    needing = [item for item in items if item.get_closest_marker("real_data")]
-    if needing:
-        config.hook.pytest_deselected(items=needing)
-        items[:] = [item for item in items if item not in needing]
+    """Deselect what reads real data sets or runs the anomalib command, unless `-m` with that marker asks for it."""
+    for marker in ("real_data", "anomalib_cli"):
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if needing and marker not in (config.option.markexpr or ""):
+            config.hook.pytest_deselected(items=needing)
+            items[:] = [item for item in items if item not in needing]
