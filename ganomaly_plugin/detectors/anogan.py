@@ -145,7 +145,7 @@ class AnoganRecipe(Recipe):
         start = self._codes(1, torch.Generator().manual_seed(0)).to(images.device)
         found = start.repeat(len(images), 1, 1, 1)
         left = torch.arange(len(images), device=images.device)  # the images whose search goes on
-        z = found
+        z = found.clone()
         momentum, scale = torch.zeros_like(z), torch.zeros_like(z)
         previous: Tensor | None = None
         with weights_frozen(networks):
