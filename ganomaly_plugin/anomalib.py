@@ -29,9 +29,7 @@ def register() -> list[str]:
         import anomalib.models as models
     except ImportError as error:
         raise InvalidInput(f"anomalib cannot be imported: {one_line(error)}. Run pip install anomalib.") from error
-    allowed = getattr(models, "ALLOWED_MODULES", None)  # anomalib before 2.4 takes any class path
-    if allowed is not None:
-        allowed.add("ganomaly_plugin")
+    models.ALLOWED_MODULES.add("ganomaly_plugin")
     return [f"ganomaly_plugin.{name}" for name in anomalib_modules()]
 
 
