@@ -110,7 +110,7 @@ def run(options: Any) -> int:
     failed = [record for record in store.records() if record.status == "failed" and record.job in jobs]
     for record in failed:
         print(f"failed: {record.job.slug}: {record.error}", file=sys.stderr)
-    print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md ({elapsed(began)})", file=sys.stderr)
+    print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md, cost.md ({elapsed(began)})", file=sys.stderr)
     if interrupted:
         return 130
     return 1 if failed else 0

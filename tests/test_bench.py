@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
 from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, write_tables
 from ganomaly_plugin.store import Store, read_record
@@ -283,6 +284,26 @@ def test_cells_by_hand(store: Store) -> None:
     assert table.ranks("x") == ({"a_1"}, {"b"})
     assert table.ranks("y") == ({"a_1"}, {"c&%"})  # b lacks a seed there, and does not compete
     assert table.ranks("mean") == ({"a_1"}, {"c&%"})
+
+
+def test_costs_by_hand() -> None:
+    frame = pd.DataFrame(
+        {
+            **{name: ["x", "x", "x"] for name in ("dataset", "data", "protocol", "sampling")},
+            "detector": ["a", "a", "b"],
+            "status": ["done", "done", "failed"],
+            "counts.train": [100, 200, 0],
+            "counts.test_normal": [30, 30, 0],
+            "counts.test_anomalous": [20, 20, 0],
+            "seconds.fit": [1.0, 3.0, 9.0],
+            "seconds.score": [0.1, 0.2, 9.0],
+            "notes.describe.parameters": [7, 7, 7],
+        }
+    )
+    (row,) = cost_frame(frame).to_dict("records")
+    assert (row["detector"], row["jobs"], row["train_images"], row["parameters"], row["fit_s"]) == ("a", 2, 150, 7, 2.0)
+    assert row["score_ms_per_image"] == pytest.approx(3.0) and pd.isna(row["steps"])
+    assert "| x | x | a | 2 | 150 |  | 7 | 2 | 3 |" in cost_markdown(cost_frame(frame))
 
 
 def test_tables_as_text(store: Store) -> None:

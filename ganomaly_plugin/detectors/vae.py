@@ -39,7 +39,7 @@ def with_bias(layer: nn.Module) -> nn.Module:
     """A fresh convolution like `layer` with a bias; other layers as they are."""
     if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         return layer
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    sizes: tuple[Any, ...] = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
     return type(layer)(*sizes)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import Cell, Table, make_tables
 from ganomaly_plugin.store import Store, atomic_write
@@ -163,11 +164,12 @@ WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
 
 
 def write_tables(store: Store, metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
-    """Write `runs.csv`, `auc.csv`, `auc.tex` and `auc.md` from the records of `store`, and return the tables."""
+    """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables."""
     frame = runs_frame(store.records())
     tables = make_tables(frame, metrics)
     safe = frame.map(spreadsheet_safe) if not frame.empty else frame
     atomic_write(store.folder / "runs.csv", _csv(safe).encode())
+    atomic_write(store.folder / "cost.md", cost_markdown(cost_frame(frame)).encode())
     for name, write in (("auc.csv", to_csv), ("auc.tex", to_latex), ("auc.md", to_markdown)):
         atomic_write(store.folder / name, write(tables).encode())
     return tables

@@ -1,0 +1,57 @@
+"""What each detector costs: parameters, training steps, seconds to fit and to score, from the records."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ganomaly_plugin.report.frame import GROUP
+
+COLUMNS = ["dataset", "protocol", "detector", "jobs", "train_images", "steps", "parameters", "fit_s", "score_ms_per_image"]
+
+
+def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a detector of each data set and protocol: medians over its finished jobs.
+
+    The seconds are those of the machines that the jobs ran on, busy or not; `bench speed` measures side by side.
+
+    Args:
+        runs: `runs_frame`'s rows.
+    """
+    if runs.empty or not (runs["status"] == "done").any():
+        return pd.DataFrame(columns=COLUMNS)
+    done = runs[runs["status"] == "done"]
+
+    def column(name: str) -> pd.Series:
+        return done[name].astype(float) if name in done else pd.Series(float("nan"), index=done.index)
+
+    tested = column("counts.test_normal") + column("counts.test_anomalous")
+    measured = {
+        "jobs": pd.Series(1, index=done.index),
+        "train_images": column("counts.train"),
+        "steps": column("notes.describe.steps"),
+        "parameters": column("notes.describe.parameters"),
+        "fit_s": column("seconds.fit"),
+        "score_ms_per_image": 1000 * column("seconds.score") / tested,
+    }
+    done = done[[*GROUP, "detector"]].assign(**measured)
+    grouped = done.groupby([*GROUP, "detector"], sort=True)
+    medians = grouped.agg({name: "sum" if name == "jobs" else "median" for name in measured}).reset_index()
+    return medians[COLUMNS]
+
+
+def cost_markdown(costs: pd.DataFrame) -> str:
+    """The costs as a Markdown table; what a detector does not tell is left empty."""
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in costs.itertuples(index=False):
+        texts = [_text(value) for value in row]
+        rows.append("| " + " | ".join(texts) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    number = float(value)  # type: ignore[arg-type]
+    if pd.isna(number):
+        return ""
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
