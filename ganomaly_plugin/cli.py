@@ -67,6 +67,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--hparams", type=raw, help="hyperparameters for every model that has them: features=16,lr=1e-4")
     parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")
     parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 1)")
+    parser.add_argument("--on_bad_image", "--on-bad-image", type=str, help="fail or skip, for data sets that read image files")
     parser.add_argument("--limit", type=int, help="only the first so many jobs")
     parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")

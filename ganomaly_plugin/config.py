@@ -36,6 +36,7 @@ class Experiment:
         preset: Likewise, from the quickstart: weaker than `hparams`, and ignored where no model has them.
         train_fraction: Share of the normal training images to train on.
         contamination: Share of the training images that are anomalies.
+        on_bad_image: "fail" or "skip", for data sets that read image files; None: as their options say.
         limit: Only the first so many jobs.
         out: Results folder.
         data_root: Folder of the data sets.
@@ -53,6 +54,7 @@ class Experiment:
     preset: Mapping[str, Any] = field(default_factory=dict)
     train_fraction: float = 1.0
     contamination: float = 0.0
+    on_bad_image: str | None = None
     limit: int | None = None
     out: str = "results/quickstart"
     data_root: str | None = None
@@ -140,6 +142,8 @@ def check_budget(experiment: Experiment) -> None:
             raise InvalidInput(f"{name} must be at least 1, got {value}.")
     if experiment.image_size is not None and not 1 <= experiment.image_size <= MAX_SIDE:
         raise InvalidInput(f"image_size must be at least 1 and at most {MAX_SIDE}, got {experiment.image_size}.")
+    if experiment.on_bad_image not in (None, "fail", "skip"):
+        raise InvalidInput(f"on_bad_image must be fail or skip, got {experiment.on_bad_image!r}.")
     if not 0 < experiment.train_fraction <= 1:
         raise InvalidInput(f"train_fraction must be in (0, 1], got {experiment.train_fraction}.")
     if not 0 <= experiment.contamination <= 0.5:
@@ -205,17 +209,20 @@ def select_datasets(experiment: Experiment) -> list[tuple[str, dict[str, Any]]]:
     """The experiment's data sets with their options resolved; a set of categories counts once for each category."""
     root = data_root(experiment.data_root)
     return [
-        (name, dataset_options(Selection(name, options), experiment.image_size))
+        (name, dataset_options(Selection(name, options), experiment))
         for selection in experiment.datasets
         for name, options in expand_categories(selection.name, root, dict(selection.options))
     ]
 
 
-def dataset_options(selection: Selection, image_size: int | None) -> dict[str, Any]:
-    """The data set's options with defaults filled in; `image_size` applies unless the selection sets its own."""
+def dataset_options(selection: Selection, experiment: Experiment) -> dict[str, Any]:
+    """The data set's options with defaults filled in; the experiment's apply unless the selection sets its own."""
     options = dict(selection.options)
-    if image_size is not None and "image_size" in default_options(selection.name):
-        options.setdefault("image_size", image_size)
+    known = default_options(selection.name)
+    for key in ("image_size", "on_bad_image"):
+        value = getattr(experiment, key)
+        if value is not None and key in known:
+            options.setdefault(key, value)
     return check_options(selection.name, options)
 
 

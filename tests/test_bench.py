@@ -114,6 +114,23 @@ def test_failures_are_rows_and_the_sweep_goes_on(bench, tmp_path: Path, monkeypa
     assert sorted(pd.read_csv(out / "runs.csv")["status"]) == ["done", "done", "failed", "failed"]
 
 
+def test_bad_images_fail_or_are_skipped(bench, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "parts"
+    for kind, level in (("good", 100), ("bad", 200)):
+        (folder / kind).mkdir(parents=True)
+        for k in range(10):
+            Image.fromarray(np.full((20, 20), level + k, np.uint8)).save(folder / kind / f"{k}.png")
+    (folder / "good" / "text.png").write_text("no image")
+    words = ["run", "--models", "mean_intensity", "--datasets", f"folder:{folder}", "--data-root", tmp_path]
+    code, _, stderr = bench(*words, "--out", tmp_path / "a")
+    assert code == 2 and "text.png" in stderr and not (tmp_path / "a").exists()
+    code, _, stderr = bench(*words, "--on-bad-image", "skip", "--out", tmp_path / "b")
+    assert code == 0, stderr
+    assert read_record(records(tmp_path / "b")[0]).notes["source"]["skipped"] == 1
+
+
 def test_dry_run_does_nothing(bench, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, stdout, _ = bench(*FLOOR, "--out", out, "--dry-run")
@@ -165,6 +182,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--classes", "0,cat"], "Unknown class 'cat'"),
         (["run", "--models", "ganomaly", "--image-size", 33], "multiple of 16"),
         (["run", "--models", "ganomaly", "--image-size", 1_000_000], "at most 2048"),
+        (["run", "--models", "ganomaly", "--on-bad-image", "keep"], "on_bad_image must be fail or skip"),
         (["run", "--models", "os:path"], "is not a detector"),
         (["run", "--models", "json:dumps"], "is not a detector"),
         (["run", "--models", "collections:OrderedDict"], "is not a detector"),
