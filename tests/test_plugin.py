@@ -64,6 +64,16 @@ def test_an_installed_package_adds_a_detector(installed: Path, tmp_path: Path):
     assert exempt - {"cuda"} == {"seed_matters", "on_epoch"}
 
 
+def test_bench_runs_and_tests_it(installed: Path, tmp_path: Path):
+    ours = Path(ganomaly_plugin.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ours)])}
+    for words in (["run", "--models", "median_image", "--datasets", "stripes", "--out", "out"], ["test", "median_image"]):
+        command = [sys.executable, "-m", "ganomaly_plugin", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "out" / "records").glob("median_image-stripes-*.json"))) == 2
+
+
 def claim(folder: Path, package: str, name: str, target: str) -> None:
     """What pip leaves of `package`: metadata that claims a detector name."""
     info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
