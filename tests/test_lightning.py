@@ -258,8 +258,8 @@ def test_onnx_and_openvino_give_the_scores_of_torch(name: str, tmp_path: Path) -
         images = torch.rand(n, 3, 40, 30, generator=torch.Generator().manual_seed(n))
         wanted = module(images).pred_score.numpy()
         outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"input": images.numpy()}), strict=True))
-        np.testing.assert_allclose(outputs["pred_score"], wanted, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(compiled(images.numpy())["pred_score"], wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(outputs["pred_score"], wanted, rtol=1e-4, atol=1e-4 * wanted.max())
+        np.testing.assert_allclose(compiled(images.numpy())["pred_score"], wanted, rtol=1e-4, atol=1e-4 * wanted.max())
 
 
 def command(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
