@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The tests' networks are tiny: a second thread only waits for the first, and on a busy machine both wait long. Set before
+# torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np
