@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
 import time
 from collections import Counter
@@ -78,7 +79,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.executors.inline import InlineExecutor
     from ganomaly_plugin.progress import elapsed, follow
     from ganomaly_plugin.report.writers import to_text, write_tables
-    from ganomaly_plugin.runner import Settings, make_plan, run_job, sweep
+    from ganomaly_plugin.runner import Settings, make_plan, run_chunk, sweep
     from ganomaly_plugin.store import Store
 
     began = time.perf_counter()
@@ -100,7 +101,7 @@ def run(options: Any) -> int:
     settings = Settings(device=experiment.device, data_root=experiment.data_root)
     records, interrupted = [*plan.done, *plan.failed], False
     try:
-        outcomes = sweep(plan, store, InlineExecutor(), lambda job: run_job(job, settings))
+        outcomes = sweep(plan, store, InlineExecutor(), functools.partial(run_chunk, settings=settings))
         records += list(follow(outcomes, len(plan.missing)))
     except KeyboardInterrupt:
         interrupted = True

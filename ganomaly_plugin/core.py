@@ -136,9 +136,13 @@ class Outcome:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-class Executor(Protocol):
-    """Runs jobs somewhere and yields their outcomes in any order; a job that fails is an outcome, not an exception."""
+#: Jobs that are run together, in one process on one device: one job, or a stack of jobs trained at once.
+Chunk = tuple[Job, ...]
 
-    def map(self, run: Callable[[Job], Outcome], jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Apply `run` to each job."""
+
+class Executor(Protocol):
+    """Runs chunks of jobs somewhere and yields outcomes in any order; a job that fails is an outcome, not an exception."""
+
+    def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
+        """Apply `run` to each chunk; each of its jobs has exactly one outcome."""
         ...

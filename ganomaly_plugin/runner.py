@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ganomaly_plugin.core import Detector, Executor, Job, Outcome, RunRecord
+from ganomaly_plugin.core import Chunk, Detector, Executor, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
 from ganomaly_plugin.detectors.base import resolve_device
@@ -58,6 +58,12 @@ def run_job(job: Job, settings: Settings) -> Outcome:
             environment=environment(_device_name(settings.device)),
         )
         return Outcome(record)
+
+
+def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
+    """Run the jobs of a chunk; exactly one outcome each."""
+    for job in chunk:
+        yield run_job(job, settings)
 
 
 def _device_name(device: str) -> str:
@@ -183,8 +189,8 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
     return plan
 
 
-def sweep(plan: Plan, store: Store, executor: Executor, run: Callable[[Job], Outcome]) -> Iterator[RunRecord]:
+def sweep(plan: Plan, store: Store, executor: Executor, run: Callable[[Chunk], Iterable[Outcome]]) -> Iterator[RunRecord]:
     """Run what is missing, store each outcome as it comes, and yield its record."""
-    for outcome in executor.map(run, plan.missing):
+    for outcome in executor.map(run, [(job,) for job in plan.missing]):
         store.put(outcome)
         yield outcome.record

@@ -59,7 +59,8 @@ def failed(results: dict[str, CheckResult]) -> dict[str, str]:
     return {name: result.detail for name, result in results.items() if result.status == "failed"}
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in DETECTORS])
+# A family ("anomalib:") has no detector of its own to check; test_anomalib_models.py holds its members to the interface.
+@pytest.mark.parametrize("name", [entry.name for entry in DETECTORS if not entry.name.endswith(":")])
 def test_every_built_in_detector_conforms(name):
     results = answers(name)
     assert failed(results) == {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from ganomaly_plugin.core import Job, Outcome
+from ganomaly_plugin.core import Chunk, Outcome
 
 
 class InlineExecutor:
-    """Runs each job here, in order."""
+    """Runs each chunk here, in order."""
 
-    def map(self, run: Callable[[Job], Outcome], jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
         """Yield the outcome of each job as it is done."""
-        for job in jobs:
-            yield run(job)
+        for chunk in chunks:
+            yield from run(chunk)
