@@ -117,3 +117,16 @@ def test_seeded_restores_the_global_states() -> None:
     with seeded(7):
         b = (torch.rand(1), np.random.rand())  # noqa: NPY002
     assert a == b
+
+
+def test_a_model_with_a_batch_size_of_its_own_is_recorded_with_ours() -> None:
+    detector = make_detector("anomalib:Ganomaly", batch_size=8)
+    assert detector.hparams["batch_size"] == 8
+
+
+@pytest.mark.anomalib_cli
+@pytest.mark.parametrize("name", ["anomalib:Ganomaly[n_features=8,latent_vec_size=8]", "anomalib:Padim[pre_trained=false]"])
+def test_members_of_the_family_conform(name: str, bench) -> None:
+    """`pytest -m anomalib_cli`."""
+    code, out, err = bench("test", name)
+    assert code == 0 and " 0 failed" in out, out + err

@@ -295,6 +295,33 @@ def test_the_anomalib_command_trains_tests_predicts_and_exports(tmp_path: Path) 
         assert done.returncode != 0 and message in "".join((done.stdout + done.stderr).split("\n")), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.anomalib_cli
+def test_every_module_goes_through_the_anomalib_command(name: str, tmp_path: Path) -> None:
+    """`pytest -m anomalib_cli`: train, test, predict and the three exports, without a config file."""
+    write_folder(tmp_path / "parts")
+    hparams = {k: v for k, v in getattr(ganomaly_plugin, name).recipe_class.conformance_hparams.items() if k != "batch_size"}
+    options = {"image_size": 16, **hparams}
+    model = ["--model", f"ganomaly_plugin.{name}", *(w for k, v in options.items() for w in (f"--model.{k}", v))]
+    folder = {"name": "parts", "root": "parts", "normal_dir": "train/good", "abnormal_dir": "test/bad"}
+    folder |= {"normal_test_dir": "test/good", "train_batch_size": 8, "num_workers": 0}
+    data = ["--data", "Folder", *(w for k, v in folder.items() for w in (f"--data.{k}", v))]
+    where = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", 2]
+    done = command("anomalib", "train", *model, *data, *where, cwd=tmp_path)
+    assert done.returncode == 0 and "image_AUROC" in done.stdout, done.stderr[-2000:]
+    last = ["--ckpt_path", next((tmp_path / "results").rglob("v0/**/model.ckpt"))]
+    done = command("anomalib", "test", *model, *data, *where, *last, cwd=tmp_path)
+    assert done.returncode == 0 and "image_AUROC" in done.stdout, done.stderr[-2000:]
+    done = command("anomalib", "predict", *model, "--data", "parts/test/bad", *last, cwd=tmp_path)
+    assert done.returncode == 0 and list((tmp_path / "results").rglob("images/**/*.png")), done.stderr[-2000:]
+    for kind, file in (("torch", "model.pt"), ("onnx", "model.onnx"), ("openvino", "model.xml")):
+        done = command("anomalib", "export", *model, "--export_type", kind, *last, cwd=tmp_path)
+        if name == "Anogan" and kind != "torch":
+            assert done.returncode != 0 and "search with gradients" in " ".join((done.stdout + done.stderr).split())
+        else:
+            assert done.returncode == 0 and list(tmp_path.rglob(file)), done.stderr[-2000:]
+
+
 @pytest.mark.anomalib_cli
 def test_anomalibs_benchmark_runs_our_modules(tmp_path: Path) -> None:
     """`pytest -m anomalib_cli`: anomalib's own pipeline, its CSV at the end."""

@@ -45,6 +45,7 @@ class AnomalibDetector(BaseDetector):
     #: The budget of models that do not set their own; GANomaly's.
     default_epochs: ClassVar[int] = 15
     model_name: ClassVar[str] = ""
+    conformance_hparams: ClassVar[dict[str, Any]] = {"image_size": 32, "batch_size": 8}
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class AnomalibDetector(BaseDetector):
         """Our options and the model's init arguments, defaults filled in."""
         ours = {"image_size": self.image_size, "batch_size": self.batch_size, "input_range": self.input_range}
         own = {**_init_defaults(self.model_name), **self.init_args}
-        return {name: _plain(value) for name, value in {**ours, **own}.items()}
+        return {name: _plain(value) for name, value in {**own, **ours}.items()}
 
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
         from anomalib.engine import Engine
@@ -99,12 +100,18 @@ class AnomalibDetector(BaseDetector):
             data: Any = ImagesInMemory(images, self.batch_size)
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()
+        found = self._forward(images[:1])
+        self.has_anomaly_map = found.anomaly_map is not None  # type: ignore[misc]
+        score = self._of(found, "score", images.shape[-2:])
+        if not score.isfinite().all():  # PaDiM's covariance of one image, for one
+            raise InvalidInput(f"{self.name} scores {float(score[0])} after training on {len(images)} images. Give it more.")
 
     def _build(self, **changes: Any) -> Any:
         cls = _model_class(self.model_name)
+        ours = {name: getattr(self, name) for name in _OURS if name in _init_parameters(self.model_name)}
         return cls(
             pre_processor=self._pre_processor(cls), post_processor=False, evaluator=False, visualizer=False,
-            **{**self.init_args, **changes},
+            **{**ours, **self.init_args, **changes},
         )  # fmt: skip
 
     def _pre_processor(self, cls: Any) -> Any:
@@ -126,23 +133,23 @@ class AnomalibDetector(BaseDetector):
         return self._predict(images, "map")
 
     def _predict(self, images: Tensor, what: str) -> Tensor:
+        parts = [self._of(self._forward(chunk), what, images.shape[-2:]) for chunk in images.split(self.batch_size)]
+        return torch.cat(parts)
+
+    def _forward(self, images: Tensor) -> Any:
         transform = self.model_.pre_processor.transform if self.model_.pre_processor else None
         self.model_.eval()
-        parts = []
         with torch.no_grad():
-            for chunk in images.split(self.batch_size):
-                x = as_photographs(chunk).to(self.device_)
-                found = self.model_.model(transform(x) if transform is not None else x)
-                parts.append(self._of(found, what, images.shape[-2:]).float().cpu())
-        return torch.cat(parts)
+            x = as_photographs(images).to(self.device_)
+            return self.model_.model(transform(x) if transform is not None else x)
 
     def _of(self, found: Any, what: str, size: Any) -> Tensor:
         score, anomaly_map = found.pred_score, found.anomaly_map
         if what == "score":
-            return score.flatten() if score is not None else anomaly_map.flatten(1).amax(1)
+            return (score.flatten() if score is not None else anomaly_map.flatten(1).amax(1)).float().cpu()
         if anomaly_map is None:
             raise InvalidInput(f"{self.name} has no anomaly map: it scores whole images.")
-        maps = anomaly_map.reshape(len(anomaly_map), 1, *anomaly_map.shape[-2:]).float()
+        maps = anomaly_map.reshape(len(anomaly_map), 1, *anomaly_map.shape[-2:]).float().cpu()
         return torch.nn.functional.interpolate(maps, tuple(size), mode="bilinear", antialias=True).squeeze(1)
 
     def describe(self) -> dict[str, Any]:
@@ -153,7 +160,8 @@ class AnomalibDetector(BaseDetector):
         return {"class_path": f"anomalib.models.{self.model_name}", "anomalib": version("anomalib"), "parameters": weights}
 
     def _state(self) -> dict[str, Any]:
-        return {"model": {name: value.detach().cpu() for name, value in self.model_.state_dict().items()}}
+        weights = {name: value.detach().cpu() for name, value in self.model_.state_dict().items()}
+        return {"model": weights, "has_anomaly_map": self.has_anomaly_map}
 
     def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
         with quiet(), self._readable_errors():  # the saved weights are all there: nothing is to be downloaded
@@ -161,6 +169,7 @@ class AnomalibDetector(BaseDetector):
             self.model_ = self._build(**({"pre_trained": False} if "pre_trained" in known else {}))
         try:
             self.model_.load_state_dict(state["model"])
+            self.has_anomaly_map = bool(state["has_anomaly_map"])  # type: ignore[misc]
         except (KeyError, RuntimeError) as error:
             raise CorruptFile(f"The weights do not fit {self.name}: {one_line(error)[:200]}.") from error
         self.model_.to(device).eval()
@@ -320,6 +329,5 @@ def _detector_class(name: str) -> type[AnomalibDetector]:
         "__doc__": f"anomalib's {name} as a detector.",
         "model_name": name,
         "has_epochs": not _sets_epochs(_model_class(name)),
-        "has_anomaly_map": True,
     }
     return types.new_class(f"Anomalib{name}", (AnomalibDetector,), exec_body=lambda body: body.update(namespace))
