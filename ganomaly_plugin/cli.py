@@ -76,10 +76,14 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--retry_failed", "--retry-failed", action="store_true", help="run failed jobs again")
 
 
+_METRICS = "auroc, auprc, f1, fpr95, eer, pixel_auroc, aupro, auroc_oracle; from records and stored scores"
+
+
 def _add_tables(parser: Any) -> None:
     parser.add_argument("results", type=str, help="results folder")
-    parser.add_argument("--metrics", type=names, default=["auroc", "auprc"], help="auroc, auprc")
-    parser.add_argument("--format", type=str, default="text", help="what to print: text, md, csv or latex")
+    parser.add_argument("--metrics", type=names, default=["auroc", "auprc"], help=_METRICS)
+    parser.add_argument("--format", type=str, default="text", help="what to print: text, md, csv, latex or json")
+    parser.add_argument("--against", type=str, help="published: the literature's numbers beside ours, where protocols agree")
     parser.add_argument("--report", action="store_true", help="print classification reports at a threshold instead")
     parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of that threshold on normal images")
     parser.add_argument("--per_class", "--per-class", action="store_true", help="a report for each class and seed")

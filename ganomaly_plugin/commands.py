@@ -130,23 +130,9 @@ def _print_plan(plan: Any, out: Path) -> int:
 
 def tables(options: Any) -> int:
     """Print the tables, or the classification reports, of a results folder, and write its table files again."""
-    from ganomaly_plugin.report.decisions import decision_reports
-    from ganomaly_plugin.report.writers import WRITERS, write_tables
-    from ganomaly_plugin.store import Store
+    from ganomaly_plugin.report.commands import tables as print_tables
 
-    if options.format not in WRITERS:
-        raise unknown("format", options.format, WRITERS)
-    if not 0 < options.fpr < 1:
-        raise InvalidInput(f"fpr must lie between 0 and 1, got {options.fpr}.")
-    store = Store(options.results)
-    records = store.records()
-    if not any(record.status == "done" for record in records):
-        raise InvalidInput(f"{store.folder} has no finished job ({len(records)} records). Run bench run --out {store.folder}.")
-    if options.report:
-        print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
-        return 0
-    print(WRITERS[options.format](write_tables(store, options.metrics)), end="")
-    return 0
+    return print_tables(options)
 
 
 def test(options: Any) -> int:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ganomaly_plugin.errors import InvalidInput
 
@@ -60,3 +60,30 @@ def threshold_at(reference: np.ndarray, false_positive_rate: float) -> float:
         raise InvalidInput("A threshold needs scores of normal images, and there are none.")
     rank = math.ceil((len(reference) + 1) * (1 - false_positive_rate) - 1e-9)
     return float(np.sort(reference)[min(rank, len(reference)) - 1])
+
+
+def f1_at(is_anomaly: np.ndarray, score: np.ndarray, threshold: float) -> float:
+    """F1 in [0, 1], anomalies positive, when scores above `threshold` are called anomalous; 0 when none is found."""
+    called = score > threshold
+    hits = int((called & is_anomaly).sum())
+    return 2 * hits / (int(called.sum()) + int(is_anomaly.sum())) if hits else 0.0
+
+
+def fpr_at_tpr(is_anomaly: np.ndarray, score: np.ndarray, true_positive_rate: float = 0.95) -> float:
+    """The smallest false-positive rate in [0, 1] at which at least `true_positive_rate` of the anomalies are found."""
+    false_positive, true_positive, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
+    return float(false_positive[np.flatnonzero(true_positive >= true_positive_rate - 1e-12)[0]])
+
+
+def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
+    """The error rate in [0, 1] where as large a share of normal images is called anomalous as of anomalies is missed.
+
+    Between two thresholds the ROC curve is taken as straight.
+    """
+    false_positive, true_positive, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
+    gap = false_positive - (1 - true_positive)  # rises from -1 to 1
+    k = int(np.flatnonzero(gap >= 0)[0])
+    if gap[k] == 0:
+        return float(false_positive[k])
+    share = gap[k - 1] / (gap[k - 1] - gap[k])
+    return float(false_positive[k - 1] + share * (false_positive[k] - false_positive[k - 1]))

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from ganomaly_plugin.datasets.base import default_options
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.frame import GROUP, check_comparable
+from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, check_metrics
 
 MEAN = "mean"
-TITLES = {
-    "auroc": "AUROC, last epoch",
-    "auprc": "AUPRC, last epoch",
-    "pixel_auroc": "pixel AUROC of the anomaly maps, last epoch",
-    "aupro": "AUPRO (to a false-positive rate of 0.3) of the anomaly maps, last epoch",
-    "auroc_oracle": "AUROC, best test epoch (ORACLE: the epoch is chosen on the test set; not a result)",
-}
+ALL = "all data sets"
 _WITH_AUROC = ("pixel_auroc", "aupro", "auroc_oracle")  # shown beside AUROC wherever records have them
 
 
@@ -42,6 +38,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A row of the literature's numbers, shown beside a table's rows and never ranked among them.
+
+    Attributes:
+        label: What tables call it, such as "GANomaly (published)".
+        values: Class name → number; classes without one are missing.
+        source: Where the numbers stand.
+        reliability: How sure it is that they stand there.
+    """
+
+    label: str
+    values: Mapping[str, float]
+    source: str
+    reliability: str
+
+
+@dataclass(frozen=True)
 class Table:
     """One metric on one data set under one protocol: rows that may be compared.
 
@@ -53,6 +66,9 @@ class Table:
         rows: Detector labels.
         columns: Class names, then "mean".
         cells: `cells[row][column]`.
+        higher_is_better: The metric's direction.
+        references: Rows of the literature, of the same data set and protocol.
+        where: The data set's plain name, and its options and sampling as JSON; empty for a summary of several.
     """
 
     dataset: str
@@ -62,16 +78,32 @@ class Table:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: dict[str, dict[str, Cell]]
+    higher_is_better: bool = True
+    references: tuple[Reference, ...] = ()
+    where: tuple[str, str, str] = ("", "{}", "{}")
 
     def ranks(self, column: str) -> tuple[set[str], set[str]]:
         """Rows with the best and the second best mean of `column` (to three decimals, ties shared)."""
         means = {row: round(self.cells[row][column].mean, 3) for row in self.rows if self.cells[row][column].complete}
-        values = sorted(set(means.values()), reverse=True)
+        values = sorted(set(means.values()), reverse=self.higher_is_better)
         if len(self.rows) < 2 or not values:
             return set(), set()
         best = {row for row, value in means.items() if value == values[0]}
         second = {row for row, value in means.items() if len(values) > 1 and len(best) == 1 and value == values[1]}
         return best, second
+
+    def average_ranks(self) -> dict[str, float]:
+        """The mean over the classes of each row's rank, 1 for the best, ties shared; {} when fewer than two rows compete.
+
+        Only rows that are complete in every class compete: ranks among other rows would be of other contests.
+        """
+        classes = [column for column in self.columns if column != MEAN]
+        rivals = [row for row in self.rows if all(self.cells[row][column].complete for column in classes)]
+        if len(rivals) < 2 or not classes:
+            return {}
+        means = np.array([[round(self.cells[row][column].mean, 3) for column in classes] for row in rivals])
+        ranks = rankdata(-means if self.higher_is_better else means, axis=0).mean(axis=1)
+        return {row: float(rank) for row, rank in zip(rivals, ranks, strict=True)}
 
     @property
     def seeds(self) -> int:
@@ -79,15 +111,18 @@ class Table:
         return max((cell.wanted for row in self.cells.values() for cell in row.values()), default=0)
 
 
-def make_tables(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
+def make_tables(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc"), *, fpr: float = DEFAULT_FPR) -> list[Table]:
     """Tables from `runs_frame`, one for each data set, protocol and metric; oracle metrics come as tables of their own.
+
+    Args:
+        frame: The rows, with a column for each metric; `measured_frame` has those that records lack.
+        metrics: Names of METRICS. Pixel metrics and the oracle come with "auroc" wherever records have them.
+        fpr: The false-positive rate that set the threshold of "f1", for the captions.
 
     Raises:
         InvalidInput: A metric is unknown, or rows of one cell were made from different splits.
     """
-    for metric in metrics:
-        if metric not in TITLES:
-            raise unknown("metric", metric, TITLES)
+    check_metrics(metrics)
     if frame.empty:
         return []
     check_comparable(frame)
@@ -98,8 +133,27 @@ def make_tables(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")
         if "auroc" in wanted:
             wanted += [name for name in _WITH_AUROC if name in group and group[name].notna().any()]
         for metric in dict.fromkeys(wanted):
-            tables.append(_table(group, metric, describe_data(dataset, data, sampling), protocol))
+            table = _table(group, metric, describe_data(dataset, data, sampling), protocol, fpr)
+            tables.append(replace(table, where=(dataset, data, sampling)))
     return tables
+
+
+def summarise(tables: Sequence[Table]) -> list[Table]:
+    """One table for each metric and protocol that several data sets share: its columns are their means over classes."""
+    groups: dict[tuple[str, str], list[Table]] = {}
+    for table in tables:
+        groups.setdefault((table.protocol, table.metric), []).append(table)
+    found = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        rows = tuple(dict.fromkeys(row for table in group for row in table.rows))
+        absent = {table.dataset: Cell(math.nan, math.nan, 0, table.seeds) for table in group}
+        cells = {row: {t.dataset: t.cells[row][MEAN] if row in t.rows else absent[t.dataset] for t in group} for row in rows}
+        columns = tuple(table.dataset for table in group)
+        title = f"mean over classes of the {group[0].title}"
+        found.append(Table(ALL, group[0].protocol, group[0].metric, title, rows, columns, cells, group[0].higher_is_better))
+    return found
 
 
 def describe_data(dataset: str, data: str, sampling: str) -> str:
@@ -116,7 +170,7 @@ def describe_data(dataset: str, data: str, sampling: str) -> str:
     return " ".join(words)
 
 
-def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str) -> Table:
+def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str, fpr: float) -> Table:
     classes = sorted(group["class"].unique(), key=_natural)
     seeds = sorted(group["seed"].unique())
     rows = list(dict.fromkeys(group["detector"]))
@@ -131,7 +185,9 @@ def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str) -> Tab
         cells[row][MEAN] = _cell(grid.mean(axis=1, skipna=False).to_numpy(), len(seeds))
     if metric in _WITH_AUROC:  # a method without epochs has no oracle, one without maps no pixel metric
         rows = [row for row in rows if any(cell.n for cell in cells[row].values())]
-    return Table(dataset, protocol, metric, TITLES[metric], tuple(rows), (*classes, MEAN), cells)
+    kind = METRICS[metric]
+    title = kind.title.format(fpr=fpr)
+    return Table(dataset, protocol, metric, title, tuple(rows), (*classes, MEAN), cells, kind.higher_is_better)
 
 
 def _cell(values: np.ndarray, wanted: int) -> Cell:

@@ -1,7 +1,8 @@
-"""Tables as CSV, LaTeX and Markdown text, and the files of a results folder."""
+"""Tables as CSV, LaTeX, Markdown and JSON text, and the files of a results folder."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.frame import runs_frame
-from ganomaly_plugin.report.tables import Cell, Table, make_tables
+from ganomaly_plugin.report.tables import MEAN, Cell, Reference, Table, make_tables, summarise
 from ganomaly_plugin.store import Store, atomic_write
 
 _LATEX = {
@@ -67,11 +68,16 @@ def to_markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         ranks = {column: table.ranks(column) for column in table.columns}
-        head = ["detector", *(markdown_escape(column) for column in table.columns)]
+        average = table.average_ranks()
+        head = ["detector", *(markdown_escape(column) for column in table.columns), *([RANK] if average else [])]
         lines = [f"**{markdown_escape(caption(table))}**", "", _md_row(head), _md_row(["---"] * len(head))]
         for row in table.rows:
             cells = [_mark(cell_text(table.cells[row][c]), row, ranks[c], "**{}**", "<u>{}</u>") for c in table.columns]
-            lines.append(_md_row([markdown_escape(row), *cells]))
+            lines.append(_md_row([markdown_escape(row), *cells, *rank_cell(average, row)]))
+        for reference in table.references:
+            cells = [f"*{text}*" for text in reference_cells(table, reference)]
+            lines.append(_md_row([f"*{markdown_escape(reference.label)}*", *cells, *([""] if average else [])]))
+        lines += ["", *(markdown_escape(note) for note in notes(table))] if table.references else []
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 
@@ -81,15 +87,20 @@ def to_text(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         ranks = {column: table.ranks(column) for column in table.columns}
-        grid = [["detector", *table.columns]]
+        average = table.average_ranks()
+        grid = [["detector", *table.columns, *([RANK] if average else [])]]
         for row in table.rows:
             marked = [_mark(cell_text(table.cells[row][c]), row, ranks[c], "{}*", "{}'") for c in table.columns]
-            grid.append([row, *marked])
+            grid.append([row, *marked, *rank_cell(average, row)])
+        padding = [""] if average else []
+        grid += [[reference.label, *reference_cells(table, reference), *padding] for reference in table.references]
         safe = [["".join(ch if ch.isprintable() else "?" for ch in text) for text in line] for line in grid]
         widths = [max(len(line[k]) for line in safe) for k in range(len(safe[0]))]
         lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in safe]
         rule = "-" * max(len(line) for line in lines)
-        blocks.append("\n".join([caption(table), lines[0], rule, *lines[1:]]) + "\n")
+        own = 1 + len(table.rows)
+        below = [rule, *lines[own:], *notes(table)] if table.references else []
+        blocks.append("\n".join([caption(table), lines[0], rule, *lines[1:own], *below]) + "\n")
     return "\n".join(blocks)
 
 
@@ -98,19 +109,25 @@ def to_latex(tables: Sequence[Table]) -> str:
     blocks = ["% \\usepackage{booktabs,graphicx}"]
     for table in tables:
         ranks = {column: table.ranks(column) for column in table.columns}
+        average = table.average_ranks()
         lines = [
             r"\begin{table}[htbp]",
             r"\centering",
-            rf"\caption{{{latex_escape(caption(table))}}}",
+            rf"\caption{{{latex_escape('. '.join([caption(table), *notes(table)]))}}}",
             r"\resizebox{\textwidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'c' * len(table.columns)}}}",
+            rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + bool(average))}}}",
             r"\toprule",
-            " & ".join(["detector", *map(latex_escape, table.columns)]) + r" \\",
+            " & ".join(["detector", *map(latex_escape, table.columns), *([RANK] if average else [])]) + r" \\",
             r"\midrule",
         ]
         for row in table.rows:
             cells = [_latex_cell(table.cells[row][c], row, ranks[c]) for c in table.columns]
-            lines.append(" & ".join([latex_escape(row), *cells]) + r" \\")
+            lines.append(" & ".join([latex_escape(row), *cells, *rank_cell(average, row)]) + r" \\")
+        lines += [r"\midrule"] if table.references else []
+        for reference in table.references:
+            cells = [text.replace("–", "--") for text in reference_cells(table, reference)]
+            label = rf"\textit{{{latex_escape(reference.label)}}}"
+            lines.append(" & ".join([label, *cells, *([""] if average else [])]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
@@ -120,6 +137,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     """All tables as one CSV: for each column its mean, `_std` and `_n`; data set, protocol and metric in front."""
     rows = []
     for table in tables:
+        average = table.average_ranks()
         for row in table.rows:
             line: dict[str, object] = {
                 "dataset": table.dataset,
@@ -131,8 +149,75 @@ def to_csv(tables: Sequence[Table]) -> str:
             for column in table.columns:
                 cell = table.cells[row][column]
                 line |= {column: cell.mean, f"{column}_std": cell.std, f"{column}_n": cell.n}
-            rows.append({key: spreadsheet_safe(value) for key, value in line.items()})
-    return _csv(pd.DataFrame(rows))
+            rows.append({**line, "average_rank": average.get(row, math.nan)})
+        for reference in table.references:
+            line = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "detector": reference.label}
+            line |= reference_values(table, reference)
+            rows.append({**line, "source": reference.source, "reliability": reference.reliability})
+    return _csv(pd.DataFrame([{key: spreadsheet_safe(value) for key, value in row.items()} for row in rows]))
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """All tables as a JSON list: cells with mean, std (null for one seed), n and wanted; ranks; the literature apart."""
+    content = []
+    for table in tables:
+        average = table.average_ranks()
+        rows = [
+            {
+                "detector": row,
+                "average_rank": average.get(row),
+                "cells": {c: _plain(table.cells[row][c]) for c in table.columns},
+            }
+            for row in table.rows
+        ]
+        published = [
+            {
+                "label": reference.label,
+                "values": reference_values(table, reference),
+                "source": reference.source,
+                "reliability": reference.reliability,
+            }
+            for reference in table.references
+        ]
+        head = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "title": table.title}
+        more = {"higher_is_better": table.higher_is_better, "seeds": table.seeds, "columns": list(table.columns)}
+        content.append({**head, **more, "rows": rows, "published": published})
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _plain(cell: Cell) -> dict[str, float | int | None]:
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {"mean": number(cell.mean), "std": number(cell.std), "n": cell.n, "wanted": cell.wanted}
+
+
+def rank_cell(average: dict[str, float], row: str) -> list[str]:
+    """The row's cell of the rank column: none when nobody competes, "–" for a row that does not."""
+    return ([f"{average[row]:.2f}"] if row in average else ["–"]) if average else []
+
+
+def reference_values(table: Table, reference: Reference) -> dict[str, float]:
+    """The reference's number for each column it has one for; the mean only when it has every class."""
+    values = {column: reference.values[column] for column in table.columns if column in reference.values}
+    classes = [column for column in table.columns if column != MEAN]
+    if MEAN in table.columns and classes and all(column in values for column in classes):
+        values[MEAN] = sum(values[column] for column in classes) / len(classes)
+    return values
+
+
+def reference_cells(table: Table, reference: Reference) -> list[str]:
+    """The reference's numbers as texts, a dash where it has none."""
+    values = reference_values(table, reference)
+    return [f"{values[column]:.3f}" if column in values else "–" for column in table.columns]
+
+
+def notes(table: Table) -> list[str]:
+    """What a reader must know of the rows from the literature."""
+    if not table.references:
+        return []
+    lines = [f"{r.label}: {r.source}; {r.reliability}" for r in table.references]
+    return [*lines, "Published rows are quoted, not measured here, and take no part in ranks"]
 
 
 def _csv(frame: pd.DataFrame) -> str:
@@ -155,11 +240,14 @@ def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]]) -> str:
     return _mark(cell_text(cell, r"$\pm$"), row, ranks, r"\textbf{{{}}}", r"\underline{{{}}}")
 
 
+RANK = "rank"
+
 WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
     "text": to_text,
     "md": to_markdown,
     "csv": to_csv,
     "latex": to_latex,
+    "json": to_json,
 }
 
 
@@ -167,6 +255,7 @@ def write_tables(store: Store, metrics: Sequence[str] = ("auroc", "auprc")) -> l
     """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables."""
     frame = runs_frame(store.records())
     tables = make_tables(frame, metrics)
+    tables += summarise(tables)
     safe = frame.map(spreadsheet_safe) if not frame.empty else frame
     atomic_write(store.folder / "runs.csv", _csv(safe).encode())
     atomic_write(store.folder / "cost.md", cost_markdown(cost_frame(frame)).encode())

@@ -1,0 +1,49 @@
+"""What `bench tables`, `bench stats`, `bench plot` and `bench report` do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.report.decisions import decision_reports
+from ganomaly_plugin.report.measures import check_fpr, measured_frame
+from ganomaly_plugin.report.published import against_published
+from ganomaly_plugin.report.tables import make_tables, summarise
+from ganomaly_plugin.report.writers import WRITERS, write_tables
+from ganomaly_plugin.store import Store
+
+
+def finished(store: Store) -> list[RunRecord]:
+    """The records of `store`.
+
+    Raises:
+        InvalidInput: No job is done.
+    """
+    records = store.records()
+    if any(record.status == "done" for record in records):
+        return records
+    failed = f"; the first failure: {records[0].job.slug}: {records[0].error}" if records else ""
+    todo = "bench run --retry-failed" if records else "bench run"
+    raise InvalidInput(f"{store.folder} has no finished job ({len(records)} records{failed}). Run {todo} --out {store.folder}.")
+
+
+def tables(options: Any) -> int:
+    """Print the tables, or the classification reports, of a results folder, and write its table files again."""
+    if options.format not in WRITERS:
+        raise unknown("format", options.format, WRITERS)
+    if options.against not in (None, "published"):
+        raise InvalidInput(f"against must be published, got {options.against!r}.")
+    check_fpr(options.fpr)
+    store = Store(options.results)
+    records = finished(store)
+    if options.report:
+        print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
+        return 0
+    made = make_tables(measured_frame(store, records, options.metrics, options.fpr), options.metrics, fpr=options.fpr)
+    made += summarise(made)
+    if options.against:
+        made = against_published(made)
+    write_tables(store)
+    print(WRITERS[options.format](made), end="")
+    return 0
