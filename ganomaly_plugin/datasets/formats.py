@@ -161,7 +161,7 @@ def read_cifar_pickles(paths: list[Path], *, label_key: str = "labels") -> list[
 
 def read_svhn(paths: list[Path]) -> list[Part]:
     """SVHN's cropped digits: X (32, 32, 3, n) and y (n, 1), where 10 stands for digit 0."""
-    from scipy.io import loadmat, whosmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat, whosmat
 
     def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content = loadmat(str(path))
