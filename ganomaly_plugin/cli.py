@@ -63,6 +63,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--classes", type=names, help="classes that take their turn (default: all)")
     parser.add_argument("--seeds", type=raw, help="3, 0-2 or 0,2,5-7 (default: 0)")
     parser.add_argument("--epochs", type=int, help="training budget (default: each model's published one)")
+    parser.add_argument("--steps", type=int, help="the budget in training steps, instead of --epochs")
     parser.add_argument("--image_size", "--image-size", type=int, help="side in pixels (default: the data set's)")
     parser.add_argument("--hparams", type=raw, help="hyperparameters for every model that has them: features=16,lr=1e-4")
     parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")

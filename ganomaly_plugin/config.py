@@ -31,6 +31,7 @@ class Experiment:
         classes: Which classes take their turn; None: all.
         seeds: Each class is run once a seed.
         epochs: Training budget of every model; None: each model's published one.
+        steps: The budget in steps instead, of every model that trains in steps.
         image_size: Side of the images in pixels; None: the data set's default.
         hparams: Hyperparameters for every model that has them; one that no model has is an error.
         preset: Likewise, from the quickstart: weaker than `hparams`, and ignored where no model has them.
@@ -49,6 +50,7 @@ class Experiment:
     classes: list[str] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     epochs: int | None = None
+    steps: int | None = None
     image_size: int | None = None
     hparams: Mapping[str, Any] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Model:
     has_epochs: bool
     takes_batchnorm: bool
     cls: Any
+    steps: int | None = None
 
     def job_fields(self, protocol: Protocol) -> dict[str, Any]:
         """The job's detector, hparams, epochs and label under `protocol`."""
@@ -80,12 +83,15 @@ class Model:
             hparams["batchnorm"] = protocol.batchnorm
         detector = make_detector(self.name, **hparams)
         resolved = canonical_hparams(getattr(detector, "hparams", None) or {**default_hparams(self.cls), **hparams})
-        epochs = (self.epochs or self.default_epochs) if self.has_epochs else None
+        epochs = (self.epochs or self.default_epochs) if self.has_epochs and self.steps is None else None
         defaults = canonical_hparams(default_hparams(self.cls))
         shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
         if epochs is not None and epochs != self.default_epochs:
             shown["epochs"] = epochs
-        return {"detector": self.name, "hparams": resolved, "epochs": epochs, "label": show(self.name, shown)}
+        if self.steps is not None:
+            shown["steps"] = self.steps
+        label = show(self.name, shown)
+        return {"detector": self.name, "hparams": resolved, "epochs": epochs, "steps": self.steps, "label": label}
 
 
 def expand(experiment: Experiment) -> list[Job]:
@@ -136,10 +142,12 @@ def check_budget(experiment: Experiment) -> None:
     for name in ("models", "datasets", "protocols"):
         if not getattr(experiment, name):
             raise InvalidInput(f"{name} is empty. Give at least one; bench ls shows what there is.")
-    for name in ("epochs", "limit"):
+    for name in ("epochs", "steps", "limit"):
         value = getattr(experiment, name)
         if value is not None and value < 1:
             raise InvalidInput(f"{name} must be at least 1, got {value}.")
+    if experiment.epochs is not None and experiment.steps is not None:
+        raise InvalidInput(f"The budget is epochs={experiment.epochs} and steps={experiment.steps}. Give one of them.")
     if experiment.image_size is not None and not 1 <= experiment.image_size <= MAX_SIDE:
         raise InvalidInput(f"image_size must be at least 1 and at most {MAX_SIDE}, got {experiment.image_size}.")
     if experiment.on_bad_image not in (None, "fail", "skip"):
@@ -180,8 +188,11 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
     epochs = given.pop("epochs", experiment.epochs) if "epochs" not in known else experiment.epochs
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
         raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
-    make_detector(name, **given)
     recipe = isinstance(cls, type) and issubclass(cls, Recipe)
+    steps = _steps(name, given, options, experiment, recipe or getattr(cls, "has_steps", False))
+    if steps is not None and "epochs" in options:
+        raise InvalidInput(f"{name} has a budget of epochs={epochs} and of steps={steps}. Give one of them.")
+    make_detector(name, **given)
     model = Model(
         name=name,
         given=given,
@@ -190,8 +201,20 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
         has_epochs=recipe or getattr(cls, "has_epochs", True),
         takes_batchnorm="batchnorm" in known,
         cls=cls,
+        steps=steps,
     )
     return model, set(shared)
+
+
+def _steps(
+    name: str, given: dict[str, Any], options: Mapping[str, Any], experiment: Experiment, trains_in_steps: bool
+) -> int | None:
+    """The model's budget in steps, taken out of `given`; its own epochs or steps come before the experiment's."""
+    own = given.pop("steps", None) if trains_in_steps else None
+    steps = experiment.steps if own is None and trains_in_steps and "epochs" not in options else own
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise InvalidInput(f"steps must be a whole number of at least 1, got {steps!r}.")
+    return steps
 
 
 def check_shape(model: Model, chw: tuple[int, ...]) -> None:

@@ -79,12 +79,15 @@ class Job:
     seed: int
     epochs: int | None  # None: the detector has no epochs
     sampling: Mapping[str, Any] = field(default_factory=dict)  # train_fraction, contamination; only when they are set
+    steps: int | None = None  # the budget in steps; epochs is None then
     label: str = field(default="", compare=False)  # how tables call the detector; not part of the key
 
     @property
     def key(self) -> str:
-        """A 16-digit hash of the job; leaves out device, workers, output folder, order and label."""
+        """A 16-digit hash of the job; leaves out device, workers, output folder, order and label, and steps when unset."""
         content = {name: value for name, value in asdict(self).items() if name != "label"}
+        if self.steps is None:  # records from before there were budgets in steps keep their keys
+            del content["steps"]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -77,13 +77,25 @@ class Recipe(ABC):
             (those of the images scored together, as the GANomaly authors' code does; a score then depends on
             which images share its batch of `batch_size`).
         input_range: What the darkest and the brightest pixel become before the networks see them.
+        select: Which networks to keep: those of the "last" epoch, or of the epoch that is best on a held-out share of
+            the training images ("normal-val"), with early stopping. Anomalies have no say in either.
+        val_share: The share, in (0, 1), of the training images that "normal-val" holds out, drawn by seed.
+        criterion: What "normal-val" goes by, lower is better: a loss that the method logs, such as "generator" or
+            "encoder", or "stability" of the held-out images' ranking from epoch to epoch.
+        patience: "normal-val" stops after so many epochs without a better one.
     """
 
     batch_size: int = 64
     batchnorm: Literal["running", "batch"] = "running"
     input_range: tuple[float, float] = (-1.0, 1.0)
+    select: Literal["last", "normal-val"] = field(default="last", kw_only=True, metadata={"late": True})
+    val_share: float = field(default=0.1, kw_only=True, metadata={"late": True})
+    criterion: str = field(default="generator", kw_only=True, metadata={"late": True})
+    patience: int = field(default=10, kw_only=True, metadata={"late": True})
 
     default_epochs: ClassVar[int] = 15
+    #: Names of the scores that `scores` gives; empty for a method that has one score only.
+    score_names: ClassVar[tuple[str, ...]] = ()
     #: Whether score and anomaly map are plain functions of the image, which ONNX can hold; a gradient search is none.
     exportable: ClassVar[bool] = True
     #: As in `BaseDetector`: conformance checks that do not apply, and cheap settings for the others.
@@ -98,6 +110,9 @@ class Recipe(ABC):
         low, high = self.input_range
         if not low < high:
             raise InvalidInput(f"input_range must be (low, high) with low < high, got {self.input_range}.")
+        if not 0 < self.val_share < 1:
+            raise InvalidInput(f"val_share must lie between 0 and 1, got {self.val_share}.")
+        at_least(patience=(self.patience, 1))
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InvalidInput(f"ema_decay must lie in [0, 1), or be None for no averaging, got {self.ema_decay}.")
 
@@ -126,6 +141,10 @@ class Recipe(ABC):
     def score(self, networks: Networks, images: Tensor) -> Tensor:
         """Anomaly score `(n,)` of each image `(n, c, h, w)`; higher is more anomalous."""
 
+    def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
+        """Every score the trained networks offer, `(n,)` each, by the names of `score_names`; `score` is one of them."""
+        return {}
+
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Every random number of one step on `n` images, drawn on the CPU from `generator`."""
         return {}
@@ -137,6 +156,21 @@ class Recipe(ABC):
     def redraw(self, network: nn.Module) -> None:
         """Draw a collapsed network anew, in place, from torch's global random state."""
         raise InvalidInput(f"{type(self).__name__} does not say how to draw a network anew.")
+
+
+def recipe_hparams(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields as plain values, tuples as lists.
+
+    Fields marked `metadata={"late": True}` came after results were published: they are left out while they have their
+    defaults, so that a job's key is what it was before there was such a field.
+    """
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe) if not f.metadata.get("late")}
+    values |= {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata.get("late") and not _at_default(recipe, f)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _at_default(recipe: Recipe, field_: Any) -> bool:
+    return bool(getattr(recipe, field_.name) == field_.default)
 
 
 def at_least(**limits: tuple[float, float]) -> None:

@@ -62,6 +62,9 @@ DATASETS = (
     _builtin("svhn", "datasets.torchvision_sets:svhn", "99,289 house number digits in colour, 32×32"),
     _builtin("stl10", "datasets.torchvision_sets:stl10", "13,000 colour photographs of 10 things, 96×96"),
     _builtin("elpv", "datasets.elpv:load", "2,624 solar cells with real defects; subset=all|mono|poly"),
+    _builtin(
+        "synthetic_defects", "datasets.synthetic_defects:load", "normal images and seeded defects; base=textures|elpv|..."
+    ),
     _builtin("folder:", "datasets.folder:load", "any folder of images, as folder:PATH"),
     _builtin("anomalib:", "datasets.anomalib_sets:load", "MVTec AD, VisA, BTech, ..., as anomalib:MVTecAD"),
 )

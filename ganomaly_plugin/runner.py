@@ -83,7 +83,8 @@ def _run(job: Job, settings: Settings) -> Outcome:
     detector = make_detector(job.detector, **job.hparams)
 
     began = time.perf_counter()
-    detector.fit(dataset.images[split.train], seed=job.seed, epochs=job.epochs, device=device, on_epoch=oracle)
+    budget = {"epochs": job.epochs} if job.steps is None else {"steps": job.steps}
+    detector.fit(dataset.images[split.train], seed=job.seed, device=device, on_epoch=oracle, **budget)
     fit_seconds = time.perf_counter() - began - (oracle.seconds if oracle else 0.0)
     began = time.perf_counter()
     score = check_scores(detector.score(test), len(test), job.label or job.detector)

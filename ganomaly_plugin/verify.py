@@ -22,8 +22,8 @@ from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
 from ganomaly_plugin.recipe import Networks
-from ganomaly_plugin.training.detector import scoring_mode
 from ganomaly_plugin.training.plain import PlainTrainer
+from ganomaly_plugin.training.scoring import scoring_mode
 
 Replay = tuple[np.ndarray, Networks]
 LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")

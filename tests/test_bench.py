@@ -321,7 +321,7 @@ def test_costs_by_hand() -> None:
     (row,) = cost_frame(frame).to_dict("records")
     assert (row["detector"], row["jobs"], row["train_images"], row["parameters"], row["fit_s"]) == ("a", 2, 150, 7, 2.0)
     assert row["score_ms_per_image"] == pytest.approx(3.0) and pd.isna(row["steps"])
-    assert "| x | x | a | 2 | 150 |  | 7 | 2 | 3 |" in cost_markdown(cost_frame(frame))
+    assert "| x | x | a | 2 | 150 |  |  | 7 | 2 | 3 |" in cost_markdown(cost_frame(frame))
 
 
 def test_tables_as_text(store: Store) -> None:

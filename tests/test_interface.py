@@ -27,7 +27,10 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str:
 def test_every_registered_name_resolves() -> None:
     assert {"ganomaly", "ae", "mean_intensity"} <= set(list_detectors())
     assert list_detectors("gano*") == ["ganomaly"]
-    members = {"detector": {"anomalib:": "anomalib:Padim"}, "data set": {"anomalib:": "anomalib:MVTecAD", "folder:": "folder:x"}}
+    members = {
+        "detector": {"anomalib:": "anomalib:Padim"},
+        "data set": {"anomalib:": "anomalib:MVTecAD", "folder:": "folder:x"},
+    }
     for kind, table in (("detector", DETECTORS), ("data set", DATASETS)):
         assert set(entries(kind)) >= {entry.name for entry in table}
         for entry in table:

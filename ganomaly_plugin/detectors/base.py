@@ -28,6 +28,8 @@ class BaseDetector(ABC):
 
     #: Whether `fit` trains in epochs; without them `epochs` is ignored and left out of the job.
     has_epochs: ClassVar[bool] = False
+    #: Whether the budget of `fit` may be given in steps; `_fit` then takes `steps`.
+    has_steps: ClassVar[bool] = False
     #: Whether `anomaly_map` works.
     has_anomaly_map: ClassVar[bool] = False
     #: Conformance checks that do not apply to the method, by name, each with its reason.
@@ -47,6 +49,7 @@ class BaseDetector(ABC):
         *,
         seed: int = 0,
         epochs: int | None = None,
+        steps: int | None = None,
         device: str = "auto",
         on_epoch: OnEpoch | None = None,
     ) -> BaseDetector:
@@ -56,6 +59,7 @@ class BaseDetector(ABC):
             images: `(n, c, h, w)`, uint8 or float in [-1, 1]; not modified.
             seed: Determines every random choice; the same seed gives the same detector on the same CPU.
             epochs: Passes over the images; None takes the method's default.
+            steps: Training steps of each stage, instead of `epochs`; methods without steps refuse it.
             device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
             on_epoch: Called as `on_epoch(epoch, self)` after each epoch; the detector can score then.
 
@@ -66,15 +70,20 @@ class BaseDetector(ABC):
             InvalidInput: The images or an argument are not usable.
             Diverged: A training loss is not finite.
         """
-        if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-            raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
+        for budget, value in (("epochs", epochs), ("steps", steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidInput(f"{budget} must be a whole number of at least 1, got {value!r}.")
+        if steps is not None and (epochs is not None or not self.has_steps):
+            why = "has no budget in steps" if not self.has_steps else f"got epochs={epochs} and steps={steps}"
+            raise InvalidInput(f"{self.name or type(self).__name__} {why}. Give epochs or steps, not both.")
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
             raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
         checked = check_images(images)
         _, c, h, w = checked.shape
         self.check_shape((c, h, w))
         self.image_shape_ = (c, h, w)
-        self._fit(checked, seed=int(seed), epochs=epochs, device=resolve_device(device), on_epoch=on_epoch)
+        more: dict[str, Any] = {} if steps is None else {"steps": steps}
+        self._fit(checked, seed=int(seed), epochs=epochs, device=resolve_device(device), on_epoch=on_epoch, **more)
         return self
 
     def score(self, images: Any) -> np.ndarray:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from ganomaly_plugin.report.frame import GROUP
 
-COLUMNS = ["dataset", "protocol", "detector", "jobs", "train_images", "steps", "parameters", "fit_s", "score_ms_per_image"]
+COLUMNS = [
+    "dataset",
+    "protocol",
+    "detector",
+    "jobs",
+    "train_images",
+    "steps",
+    "images_seen",
+    "parameters",
+    "fit_s",
+    "score_ms_per_image",
+]
 
 
 def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -29,6 +41,9 @@ def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
         "jobs": pd.Series(1, index=done.index),
         "train_images": column("counts.train"),
         "steps": column("notes.describe.steps"),
+        "images_seen": column("notes.describe.images_seen").fillna(  # older records: steps times the batch
+            column("notes.describe.steps") * np.minimum(column("hparams.batch_size"), column("counts.train"))
+        ),
         "parameters": column("notes.describe.parameters"),
         "fit_s": column("seconds.fit"),
         "score_ms_per_image": 1000 * column("seconds.score") / tested,

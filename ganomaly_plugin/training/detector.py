@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import CorruptFile
-from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Recipe
-from ganomaly_plugin.training.plain import PlainTrainer, resident, to_device, train
+from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
+from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
+from ganomaly_plugin.training.validation import NormalValidation, hold_out
 
-SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch
+__all__ = ["RecipeDetector", "scoring_mode"]
 
 
 class RecipeDetector(BaseDetector):
@@ -30,6 +30,7 @@ class RecipeDetector(BaseDetector):
     """
 
     has_epochs: ClassVar[bool] = True
+    has_steps: ClassVar[bool] = True
 
     networks_: Networks
 
@@ -42,8 +43,8 @@ class RecipeDetector(BaseDetector):
 
     @property
     def hparams(self) -> dict[str, Any]:
-        """The recipe's fields; tuples as lists."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.recipe).items()}
+        """The recipe's fields; tuples as lists. Late-coming fields are left out while they have their defaults."""
+        return recipe_hparams(self.recipe)
 
     @property
     def default_epochs(self) -> int:
@@ -54,25 +55,47 @@ class RecipeDetector(BaseDetector):
         """Raise InvalidInput when the recipe's networks cannot be built for images of `(c, h, w)`."""
         self.recipe.check_shape(chw)
 
-    def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
+    def _fit(
+        self,
+        images: Tensor,
+        *,
+        seed: int,
+        epochs: int | None,
+        device: torch.device,
+        on_epoch: OnEpoch | None,
+        steps: int | None = None,
+    ) -> None:
         self.device_ = device
         self.history_: list[dict[str, float]] = []
+        recipe, chw = self.recipe, (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+        judge: NormalValidation | None = None
+        if recipe.select == "normal-val":
+            images, held_out = hold_out(images, recipe.val_share, seed)
+            untrained = {name: to_device(net, device) for name, net in build_networks(recipe, chw, seed).items()}
+            judge = NormalValidation(recipe, held_out, seed=seed, networks=untrained, device=device)
 
-        def after_epoch(epoch: int, trainer: PlainTrainer, losses: dict[str, float]) -> None:
-            self.history_.append(losses)
+        def after_epoch(epoch: int, trainer: PlainTrainer, losses: dict[str, float]) -> bool:
             self.networks_ = trainer.scoring_networks()
             self.steps_ = trainer.steps
+            stop = judge is not None and judge.after_epoch(epoch, trainer)
+            self.history_.append(losses if judge is None else {**losses, "validation": judge.values[-1]})
             if on_epoch is not None:
                 on_epoch(epoch, self)
+            return stop
 
         train(
-            self.recipe,
+            recipe,
             images,
             seed=seed,
             epochs=self.default_epochs if epochs is None else epochs,
+            steps=steps,
             device=device,
             after_epoch=after_epoch,
         )
+        self.facts_: dict[str, Any] = {"images_seen": self.steps_ * min(recipe.batch_size, len(images))}
+        if judge is not None:
+            self.networks_ = judge.networks
+            self.facts_ |= {"selected_epoch": judge.best_epoch, "validation_images": len(judge.images)}
 
     def _score(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.score).double()
@@ -80,30 +103,34 @@ class RecipeDetector(BaseDetector):
     def _anomaly_map(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.anomaly_map)
 
-    def _in_chunks(self, images: Tensor, function: Any) -> Tensor:
-        size = self.recipe.batch_size if self.recipe.batchnorm == "batch" else SCORE_CHUNK
-        data = resident(images, self.device_)
-        with torch.no_grad(), scoring_mode(self.networks_, self.recipe.batchnorm):
-            parts = []
-            for part in data.split(size):
-                x = to_float(part.to(self.device_), self.recipe.input_range)
-                parts.append(function(self.networks_, x.contiguous(memory_format=torch.channels_last)))
-        return torch.cat(parts).cpu()
+    def _in_chunks(self, images: Tensor, function: Callable[[Networks, Tensor], Tensor]) -> Tensor:
+        return in_chunks(self.recipe, self.networks_, images, function, self.device_)
+
+    def named_scores(self, images: Any) -> dict[str, np.ndarray]:
+        """Every score that the method offers, by name: float64 `(n,)` each; {} for a method with one score only."""
+        names = self.recipe.score_names
+        if not names:
+            return {}
+        found = self._in_chunks(
+            self._check(images), lambda nets, x: torch.stack([self.recipe.scores(nets, x)[name] for name in names], 1)
+        )
+        return {name: column.double().numpy() for name, column in zip(names, found.unbind(1), strict=True)}
 
     def describe(self) -> dict[str, Any]:
-        """Number of trained parameters, in all and of each network; training steps; the trainer."""
+        """Number of trained parameters, in all and of each network; training steps and images seen; the trainer."""
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks_.items()}
-        return {"parameters": sum(sizes.values()), "parameters_by_network": sizes, "steps": self.steps_, "trainer": "plain"}
+        facts = {"parameters": sum(sizes.values()), "parameters_by_network": sizes, "steps": self.steps_, "trainer": "plain"}
+        return facts | self.facts_
 
     def _state(self) -> dict[str, Any]:
         networks = {
             name: {k: v.cpu().contiguous() for k, v in net.state_dict().items()} for name, net in self.networks_.items()
         }
-        return {"networks": networks, "history": self.history_, "steps": self.steps_}
+        return {"networks": networks, "history": self.history_, "steps": self.steps_, "facts": self.facts_}
 
     def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
         self.set_networks(state["networks"], self.image_shape_, device)
-        self.history_, self.steps_ = state["history"], int(state["steps"])
+        self.history_, self.steps_, self.facts_ = state["history"], int(state["steps"]), state.get("facts", {})
 
     def set_networks(
         self, states: Mapping[str, Mapping[str, Tensor]], chw: tuple[int, int, int], device: torch.device
@@ -117,24 +144,5 @@ class RecipeDetector(BaseDetector):
                 raise CorruptFile(f"The weights do not fit network {name!r} of {self.name}: {error}.") from error
         self.networks_ = {name: to_device(net, device) for name, net in networks.items()}
         self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
+        self.facts_ = {}
         return self
-
-
-@contextmanager
-def scoring_mode(networks: Networks, batchnorm: str) -> Iterator[None]:
-    """Evaluation mode; with `batchnorm="batch"` BatchNorm uses, but does not remember, the batch's statistics."""
-    norms = [m for net in networks.values() for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for network in networks.values():
-        network.eval()
-    if batchnorm == "running":
-        yield
-        return
-    for norm in norms:
-        norm.train()
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.eval()
-            norm.track_running_stats = True

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
-from ganomaly_plugin.training.detector import scoring_mode
 from ganomaly_plugin.training.plain import (
     PlainTrainer,
     averaged_networks,
@@ -37,14 +36,15 @@ from ganomaly_plugin.training.plain import (
     trained_parameters,
 )
 from ganomaly_plugin.training.pre_processing import GanPreProcessor, to_grey
+from ganomaly_plugin.training.scoring import scoring_mode
 
 logger = logging.getLogger(__name__)
 
 PRECISION = "32-true"
 _UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
 _OWN_KEY = "ganomaly_plugin"
-#: Recipe fields that are no init arguments: the data module decides on the batches.
-HIDDEN = ("batch_size",)
+#: Recipe fields that are no init arguments: the data module decides on the batches, Lightning's callbacks on the epoch.
+HIDDEN = ("batch_size", "select", "val_share", "criterion", "patience")
 
 
 class RecipeModel(nn.Module):

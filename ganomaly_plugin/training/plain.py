@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -151,12 +152,15 @@ def train(
     *,
     seed: int,
     epochs: int,
+    steps: int | None = None,
     device: torch.device,
-    after_epoch: Callable[[int, PlainTrainer, dict[str, float]], None],
+    after_epoch: Callable[[int, PlainTrainer, dict[str, float]], bool | None],
 ) -> PlainTrainer:
     """Train `recipe` on checked images `(n, c, h, w)` and return the trainer.
 
-    Calls `after_epoch(epoch, trainer, mean losses)` after each epoch, counted from 1 through all stages.
+    Each stage trains for `epochs`, or, when it is given, for exactly `steps`: its last epoch may then be cut short.
+    Calls `after_epoch(epoch, trainer, mean losses)` after each epoch, counted from 1 through all stages; an answer of
+    True ends the stage.
     """
     _, c, h, w = images.shape
     trainer = PlainTrainer(recipe, build_networks(recipe, (c, h, w), seed), seed=seed, device=device)
@@ -165,11 +169,20 @@ def train(
     epoch = 0
     for stage in recipe.stages:
         trainer.begin(stage)
-        for _ in range(epochs):
+        for _ in range(epochs if steps is None else epochs_of(steps, len(data), recipe.batch_size)):
             epoch += 1
-            losses = [trainer.step(data[index.to(data.device)]) for index in epoch_batches(len(data), recipe.batch_size, order)]
-            after_epoch(epoch, trainer, epoch_means(losses, stage, first_step=trainer.steps - len(losses) + 1))
+            left = None if steps is None else steps - trainer.stage_steps
+            batches = islice(epoch_batches(len(data), recipe.batch_size, order), left)
+            losses = [trainer.step(data[index.to(data.device)]) for index in batches]
+            if after_epoch(epoch, trainer, epoch_means(losses, stage, first_step=trainer.steps - len(losses) + 1)):
+                break
     return trainer
+
+
+def epochs_of(steps: int, n: int, batch_size: int) -> int:
+    """How many epochs over `n` images hold `steps` steps, the last one begun included."""
+    per_epoch = n // min(batch_size, n)
+    return -(-steps // per_epoch)
 
 
 def resident(images: Tensor, device: torch.device) -> Tensor:

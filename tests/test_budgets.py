@@ -1,0 +1,142 @@
+"""Budgets in steps, and the epoch chosen on held-out normal images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+
+from ganomaly_plugin.core import Job
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.recipe import recipe_hparams
+from ganomaly_plugin.registry import load_detector, make_detector
+from ganomaly_plugin.training.plain import epochs_of
+from ganomaly_plugin.training.validation import hold_out
+
+SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
+
+
+def job(**more) -> Job:
+    return Job("ganomaly", {"features": 4}, "digits", {}, "one-anomalous/strict-v1", "0", 0, more.pop("epochs", None), **more)
+
+
+def test_a_job_without_steps_keeps_the_key_that_it_had():
+    assert job(epochs=15).key == "7610d341940113d3"  # taken before jobs had steps
+    assert job(steps=100).key != job(steps=101).key != job().key
+    assert Job.from_dict(json.loads(json.dumps(job(steps=7).to_dict()))) == job(steps=7)
+
+
+@pytest.mark.parametrize(
+    ("steps", "n", "batch", "epochs"), [(1, 24, 8, 1), (3, 24, 8, 1), (4, 24, 8, 2), (5, 3, 8, 5), (7, 31, 8, 3)]
+)
+def test_steps_in_epochs(steps, n, batch, epochs):
+    assert epochs_of(steps, n, batch) == epochs
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_training_ends_after_exactly_the_steps_given(steps):
+    detector = make_detector("ganomaly", **SMALL).fit(blobs(24), steps=steps, device="cpu")
+    assert detector.describe()["steps"] == steps
+    assert detector.describe()["images_seen"] == 8 * steps
+    assert len(detector.history_) == epochs_of(steps, 24, 8)
+
+
+def test_whole_epochs_in_steps_are_those_epochs():
+    by_steps = make_detector("ganomaly", **SMALL).fit(blobs(24), steps=6, device="cpu").score(blobs(5, seed=1))
+    by_epochs = make_detector("ganomaly", **SMALL).fit(blobs(24), epochs=2, device="cpu").score(blobs(5, seed=1))
+    np.testing.assert_array_equal(by_steps, by_epochs)
+
+
+def test_each_stage_has_the_steps():
+    detector = make_detector("f_anogan", features=4, latent_dim=4, batch_size=8).fit(blobs(16), steps=3, device="cpu")
+    assert detector.describe()["steps"] == 6
+
+
+def test_budgets_that_make_no_sense_are_refused():
+    with pytest.raises(InvalidInput, match="not both"):
+        make_detector("ganomaly", **SMALL).fit(blobs(8), steps=3, epochs=1)
+    with pytest.raises(InvalidInput, match="steps must be a whole number"):
+        make_detector("ganomaly", **SMALL).fit(blobs(8), steps=0)
+    with pytest.raises(InvalidInput, match="has no budget in steps"):
+        make_detector("pca").fit(blobs(8), steps=3)
+
+
+def test_bench_run_takes_steps_and_tables_show_them(bench, tmp_path):
+    words = ("run", "--datasets", "digits", "--image_size", "16", "--classes", "0", "--hparams", "features=4")
+    out = tmp_path / "out"
+    code, table, _ = bench(
+        *words, "--models", "ganomaly,ganomaly[epochs=1],pca,ganomaly[steps=2]", "--steps", "3", "--out", out
+    )
+    assert code == 0
+    assert "ganomaly[features=4,steps=3]" in table and "ganomaly[epochs=1,features=4]" in table and "steps=2" in table
+    costs = (out / "cost.md").read_text()
+    assert "images_seen" in costs and "| 3 | 192 |" in costs
+    code, _, err = bench(*words, "--models", "ganomaly", "--steps", "3", "--epochs", "2", "--out", out)
+    assert code == 2 and "Give one of them" in err
+
+
+def test_late_hyperparameters_are_named_only_when_they_are_set():
+    plain = make_detector("ganomaly").hparams
+    assert not {"select", "val_share", "criterion", "patience", "score_by"} & set(plain)
+    chosen = make_detector("ganomaly", select="normal-val", patience=3)
+    assert recipe_hparams(chosen.recipe)["select"] == "normal-val" and chosen.hparams["patience"] == 3
+
+
+@pytest.mark.parametrize("criterion", ["generator", "encoder", "contextual", "stability"])
+def test_the_best_epoch_on_held_out_normals_is_kept(criterion, tmp_path):
+    images, test = blobs(40), blobs(5, seed=1)
+    detector = make_detector("ganomaly", select="normal-val", val_share=0.25, criterion=criterion, patience=2, **SMALL)
+    during: list[np.ndarray] = []
+    detector.fit(images, epochs=12, device="cpu", on_epoch=lambda _, d: during.append(d.score(test)))
+    values = [epoch["validation"] for epoch in detector.history_]
+    best = int(np.argmin(values))
+    assert detector.describe()["selected_epoch"] == best + 1
+    assert detector.describe()["validation_images"] == 10
+    assert len(values) == min(12, best + 3)
+    np.testing.assert_allclose(detector.score(test), during[best], rtol=1e-6)
+    detector.save(tmp_path / "d.pt")
+    np.testing.assert_array_equal(load_detector(tmp_path / "d.pt", device="cpu").score(test), detector.score(test))
+
+
+def test_held_out_images_are_a_seeded_share_and_never_trained_on():
+    images = torch.arange(20.0).reshape(20, 1, 1, 1)
+    train, held = hold_out(images, 0.2, seed=3)
+    assert sorted([*train.flatten().tolist(), *held.flatten().tolist()]) == list(range(20)) and len(held) == 4
+    assert torch.equal(hold_out(images, 0.2, seed=3)[1], held) and not torch.equal(hold_out(images, 0.2, seed=4)[1], held)
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "message"),
+    [
+        (4, {}, "leaves none to hold out"),
+        (2, {"val_share": 0.9}, "leaves none to train on"),
+        (1, {}, "cannot split a single training image"),
+        (10, {"criterion": "stability"}, "ranks at least 3 held-out images, got 1"),
+        (40, {"criterion": "generater"}, "Did you mean 'generator'"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_refused_before_training(n, more, message):
+    detector = make_detector("ganomaly", select="normal-val", **more, **SMALL)
+    with pytest.raises(InvalidInput, match=message):
+        detector.fit(blobs(n), epochs=1, device="cpu")
+
+
+def test_selection_needs_one_stage():
+    with pytest.raises(InvalidInput, match="one stage"):
+        make_detector("f_anogan", features=4, latent_dim=4, select="normal-val").fit(blobs(30), epochs=1, device="cpu")
+
+
+@pytest.mark.parametrize(("hparams", "message"), [({"val_share": 1.0}, "val_share must lie"), ({"patience": 0}, "patience")])
+def test_shares_and_patience_are_checked(hparams, message):
+    with pytest.raises(InvalidInput, match=message):
+        make_detector("ganomaly", **hparams)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_fewer_images_than_a_batch_and_equal_images_train(n):
+    images = np.repeat(blobs(1), n, axis=0)
+    detector = make_detector("ganomaly", **SMALL).fit(images, steps=2, device="cpu")
+    assert np.isfinite(detector.score(blobs(3))).all() and detector.describe()["images_seen"] == 2 * n

@@ -1,0 +1,52 @@
+"""The data set of synthetic defects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.splits import make_split
+from ganomaly_plugin.datasets.synthetic_defects import DEFECTS, add_defect, textures
+from ganomaly_plugin.errors import InvalidInput
+
+
+def test_every_test_image_has_a_defective_copy():
+    dataset = load_dataset("synthetic_defects", image_size=32)
+    split = make_split(dataset, "one-anomalous/strict-v1", "defective", 0)
+    normal, defective = dataset.images[split.test[~split.is_anomaly]], dataset.images[split.test[split.is_anomaly]]
+    assert len(normal) == len(defective) == 180 and len(split.train) + len(split.reference) == 420
+    changed = (normal != defective).mean((1, 2, 3))
+    assert (changed > 0).all() and changed.mean() < 0.3
+
+
+def test_a_seed_repeats_and_another_differs():
+    one, two = load_dataset("synthetic_defects", image_size=32, seed=1), load_dataset("synthetic_defects", image_size=32)
+    assert one.digest != two.digest
+    np.testing.assert_array_equal(textures(2, 32, np.random.default_rng(0)), textures(2, 32, np.random.default_rng(0)))
+
+
+def test_only_training_normals_of_a_real_set_are_used():
+    digits = load_dataset("digits", image_size=16)
+    split = make_split(digits, "one-anomalous/strict-v1", "0", 0)
+    tested = {image.tobytes() for image in digits.images[split.test]}
+    made = load_dataset("synthetic_defects", base="digits", image_size=16)
+    good = made.images[made.labels == 0]
+    allowed = {digits.images[k].tobytes() for k in np.concatenate([split.train, split.reference])}
+    assert {image.tobytes() for image in good} <= allowed
+    assert not tested & {image.tobytes() for image in good} - allowed
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_defect_leaves_the_original_alone(kind):
+    rng = np.random.default_rng(0)
+    image = textures(1, 64, rng)[0]
+    before = image.copy()
+    made = add_defect(image, kind, rng)
+    np.testing.assert_array_equal(image, before)
+    assert made.shape == image.shape and made.dtype == np.uint8 and (made != image).any()
+
+
+def test_an_unknown_base_is_refused():
+    with pytest.raises(InvalidInput, match="base must be one of"):
+        load_dataset("synthetic_defects", base="moon")
