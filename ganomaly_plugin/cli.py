@@ -85,6 +85,7 @@ def _add_tables(parser: Any) -> None:
     parser.add_argument("--metrics", type=names, default=["auroc", "auprc"], help=_METRICS)
     parser.add_argument("--format", type=str, default="text", help="what to print: text, md, csv, latex or json")
     parser.add_argument("--against", type=str, help="published: the literature's numbers beside ours, where protocols agree")
+    parser.add_argument("--scores", "--score", type=names, help="named scores of each model side by side, or all; no training")
     parser.add_argument("--report", action="store_true", help="print classification reports at a threshold instead")
     parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of that threshold on normal images")
     parser.add_argument("--per_class", "--per-class", action="store_true", help="a report for each class and seed")

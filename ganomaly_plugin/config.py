@@ -75,6 +75,7 @@ class Model:
     takes_batchnorm: bool
     cls: Any
     steps: int | None = None
+    default_steps: int | None = None
 
     def job_fields(self, protocol: Protocol) -> dict[str, Any]:
         """The job's detector, hparams, epochs and label under `protocol`."""
@@ -88,7 +89,7 @@ class Model:
         shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
         if epochs is not None and epochs != self.default_epochs:
             shown["epochs"] = epochs
-        if self.steps is not None:
+        if self.steps is not None and self.steps != self.default_steps:
             shown["steps"] = self.steps
         label = show(self.name, shown)
         return {"detector": self.name, "hparams": resolved, "epochs": epochs, "steps": self.steps, "label": label}
@@ -189,7 +190,8 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
         raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
     recipe = isinstance(cls, type) and issubclass(cls, Recipe)
-    steps = _steps(name, given, options, experiment, recipe or getattr(cls, "has_steps", False))
+    default_steps = getattr(cls, "default_steps", None)
+    steps = _steps(name, given, options, experiment, recipe or getattr(cls, "has_steps", False), default_steps)
     if steps is not None and "epochs" in options:
         raise InvalidInput(f"{name} has a budget of epochs={epochs} and of steps={steps}. Give one of them.")
     make_detector(name, **given)
@@ -202,16 +204,24 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
         takes_batchnorm="batchnorm" in known,
         cls=cls,
         steps=steps,
+        default_steps=default_steps,
     )
     return model, set(shared)
 
 
 def _steps(
-    name: str, given: dict[str, Any], options: Mapping[str, Any], experiment: Experiment, trains_in_steps: bool
+    name: str,
+    given: dict[str, Any],
+    options: Mapping[str, Any],
+    experiment: Experiment,
+    trains_in_steps: bool,
+    default: int | None,
 ) -> int | None:
     """The model's budget in steps, taken out of `given`; its own epochs or steps come before the experiment's."""
     own = given.pop("steps", None) if trains_in_steps else None
     steps = experiment.steps if own is None and trains_in_steps and "epochs" not in options else own
+    if steps is None and experiment.epochs is None and "epochs" not in options:
+        steps = default
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise InvalidInput(f"steps must be a whole number of at least 1, got {steps!r}.")
     return steps

@@ -117,6 +117,28 @@ class Discriminator(nn.Module):
         return self.classifier(features).flatten(), features
 
 
+class Standardiser(nn.Module):
+    """Subtracts means and divides by standard deviations that it was given after training, as buffers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+
+    mean: Tensor
+    deviation: Tensor
+
+    def fit(self, values: Tensor) -> None:
+        """Take mean and deviation of each column of `values` `(n, size)`; a column that is constant is divided by 1."""
+        deviation = values.std(0, correction=0)
+        self.mean.copy_(values.mean(0))
+        self.deviation.copy_(torch.where(deviation > 1e-6 * self.mean.abs().clamp(min=1e-12), deviation, 1.0))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Standardised `values` `(n, size)`."""
+        return (values - self.mean) / self.deviation
+
+
 def dcgan_init(module: nn.Module) -> None:
     """DCGAN's initialisation of one module, for `Module.apply`: convolutions N(0, 0.02), BatchNorm N(1, 0.02) and 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -79,7 +79,8 @@ class Recipe(ABC):
         input_range: What the darkest and the brightest pixel become before the networks see them.
         select: Which networks to keep: those of the "last" epoch, or of the epoch that is best on a held-out share of
             the training images ("normal-val"), with early stopping. Anomalies have no say in either.
-        val_share: The share, in (0, 1), of the training images that "normal-val" holds out, drawn by seed.
+        val_share: The share, in (0, 1), of the training images that is held out, drawn by seed, by "normal-val" and by
+            methods that calibrate their scores.
         criterion: What "normal-val" goes by, lower is better: a loss that the method logs, such as "generator" or
             "encoder", or "stability" of the held-out images' ranking from epoch to epoch.
         patience: "normal-val" stops after so many epochs without a better one.
@@ -94,6 +95,8 @@ class Recipe(ABC):
     patience: int = field(default=10, kw_only=True, metadata={"late": True})
 
     default_epochs: ClassVar[int] = 15
+    #: The budget in steps of a method that has no published epochs; it comes before `default_epochs`.
+    default_steps: ClassVar[int | None] = None
     #: Names of the scores that `scores` gives; empty for a method that has one score only.
     score_names: ClassVar[tuple[str, ...]] = ()
     #: Whether score and anomaly map are plain functions of the image, which ONNX can hold; a gradient search is none.
@@ -144,6 +147,21 @@ class Recipe(ABC):
     def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
         """Every score the trained networks offer, `(n,)` each, by the names of `score_names`; `score` is one of them."""
         return {}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` is to be called after training; a share of the training images is then held out for it."""
+        return False
+
+    def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:
+        """Fit, in place, the buffers of `networks` that scores need, on normal images after training.
+
+        Args:
+            networks: The trained networks, as they score: no gradients, evaluation mode.
+            train: Training images in chunks `(b, c, h, w)`; a seeded sample where there are many.
+            held_out: Normal images that were not trained on, likewise. Where none could be held out, those of `train`.
+        """
+        return
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Every random number of one step on `n` images, drawn on the CPU from `generator`."""

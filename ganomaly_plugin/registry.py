@@ -36,6 +36,7 @@ def _builtin(name: str, target: str, summary: str) -> Entry:
 
 DETECTORS = (
     _builtin("ganomaly", "detectors.ganomaly:GanomalyRecipe", "GANomaly (ACCV 2018), as its authors' code"),
+    _builtin("ganomaly_plus", "detectors.ganomaly_plus:GanomalyPlusRecipe", "GANomaly with a calibrated score, for small sets"),
     _builtin("ae", "detectors.ae:AutoencoderRecipe", "convolutional autoencoder, L1 or MSE"),
     _builtin("vae", "detectors.vae:VaeRecipe", "variational autoencoder; reconstruction error or negative ELBO"),
     _builtin("skip_ganomaly", "detectors.skip_ganomaly:SkipGanomalyRecipe", "Skip-GANomaly (IJCNN 2019), a U-Net generator"),

@@ -21,6 +21,7 @@ from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.report.named_scores import named_arrays
 from ganomaly_plugin.store import Store
 
 REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
@@ -90,7 +91,8 @@ def _run(job: Job, settings: Settings) -> Outcome:
     score = check_scores(detector.score(test), len(test), job.label or job.detector)
     score_seconds = time.perf_counter() - began
 
-    reference, origin = _reference_scores(job, detector, dataset.images, split)
+    reference_index, origin = _reference(job, split)
+    reference = check_scores(detector.score(dataset.images[reference_index]), len(reference_index), job.label or job.detector)
     metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
     history: list[dict[str, float]] = [dict(losses) for losses in getattr(detector, "history_", [])]
     if oracle is not None and oracle.aurocs:
@@ -121,6 +123,8 @@ def _run(job: Job, settings: Settings) -> Outcome:
         history=history,
     )
     arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
+    if hasattr(detector, "named_scores"):
+        arrays |= named_arrays(detector.named_scores(test), detector.named_scores(dataset.images[reference_index]))
     return Outcome(record, arrays)
 
 
@@ -136,14 +140,12 @@ def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: di
     return found
 
 
-def _reference_scores(job: Job, detector: Detector, images: np.ndarray, split: Split) -> tuple[np.ndarray, str]:
-    """Scores of normal images for a threshold: the held-out ones, else a seeded sample of the training images."""
+def _reference(job: Job, split: Split) -> tuple[np.ndarray, str]:
+    """Normal images for a threshold: the held-out ones, else a seeded sample of the training images."""
     if len(split.reference):
-        index, origin = split.reference, "held-out"
-    else:
-        order = np.random.default_rng([job.seed, 3]).permutation(split.train)
-        index, origin = np.sort(order[:REFERENCE_LIMIT]), "train"
-    return check_scores(detector.score(images[index]), len(index), job.label or job.detector), origin
+        return split.reference, "held-out"
+    order = np.random.default_rng([job.seed, 3]).permutation(split.train)
+    return np.sort(order[:REFERENCE_LIMIT]), "train"
 
 
 class _Oracle:

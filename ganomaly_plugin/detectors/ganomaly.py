@@ -6,12 +6,13 @@ distance of z and ẑ. Defaults and details are those of the authors' public cod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ganomaly_plugin.networks import Decoder, Discriminator, Encoder, bce, check_square, dcgan_init
+from ganomaly_plugin.networks import Decoder, Discriminator, Encoder, Standardiser, bce, check_square, dcgan_init
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, at_least, check_adam
 
 
@@ -64,6 +65,9 @@ class GanomalyRecipe(Recipe):
         adversarial: "feature-matching" (the paper's; public code since October 2019), "bce" (BCE(D(x̂), 1); public
             code of May 2018 to July 2019) or "feature-matching-detached" (in between: no gradient reaches G).
         redraw_below: D's weights are drawn anew when its loss falls under this; 0 never.
+        score_by: "latent" (the authors': mean of (z - ẑ)²), "latent_l1" (the paper's eq. 5: mean of |z - ẑ|), "residual"
+            and "residual_l2" (mean of |x - x̂| and of its square), "feature" (mean squared difference of D's features of x
+            and x̂), or "combined" (the mean of those five, each standardised on held-out normal images).
     """
 
     features: int = 64
@@ -76,7 +80,11 @@ class GanomalyRecipe(Recipe):
     betas: tuple[float, float] = (0.5, 0.999)
     adversarial: Literal["feature-matching", "bce", "feature-matching-detached"] = "feature-matching"
     redraw_below: float = 1e-5
+    score_by: Literal["latent", "latent_l1", "residual", "residual_l2", "feature", "combined"] = field(
+        default="latent", metadata={"late": True}
+    )
 
+    score_names: ClassVar[tuple[str, ...]] = ("latent", "latent_l1", "residual", "residual_l2", "feature")
     conformance_hparams: ClassVar[dict[str, Any]] = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
     def __post_init__(self) -> None:
@@ -92,7 +100,8 @@ class GanomalyRecipe(Recipe):
         channels, side, _ = chw
         generator = Generator(side, channels, self.features, self.latent_dim, self.extra_layers)
         discriminator = Discriminator(side, channels, self.features, self.extra_layers)
-        return {"generator": generator.apply(dcgan_init), "discriminator": discriminator.apply(dcgan_init)}
+        networks = {"generator": generator.apply(dcgan_init), "discriminator": discriminator.apply(dcgan_init)}
+        return networks | ({"calibration": Standardiser(len(self.score_names))} if self.calibrates else {})
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -132,9 +141,33 @@ class GanomalyRecipe(Recipe):
         network.apply(dcgan_init)
 
     def score(self, networks: Networks, images: Tensor) -> Tensor:
-        """Mean over the latent of (z - ẑ)² (the paper's eq. 5 has an L1 norm; the authors' code squares)."""
-        _, z, z_hat = networks["generator"](images)
-        return (z - z_hat).square().flatten(1).mean(1)  # (n, z, 1, 1) → (n,)
+        """The score that `score_by` names; by default the mean over the latent of (z - ẑ)², as the authors' code has it."""
+        if self.score_by == "latent":
+            _, z, z_hat = networks["generator"](images)
+            return (z - z_hat).square().flatten(1).mean(1)  # (n, z, 1, 1) → (n,)
+        scores = self.scores(networks, images)
+        if self.score_by == "combined":
+            return networks["calibration"](torch.stack(list(scores.values()), 1)).mean(1)
+        return scores[self.score_by]
+
+    def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
+        """All scores but the combined one, `(n,)` each."""
+        x_hat, z, z_hat = networks["generator"](images)
+        _, features = networks["discriminator"](images)
+        _, features_hat = networks["discriminator"](x_hat)
+        latent, residual, feature = z - z_hat, images - x_hat, features - features_hat
+        parts = (latent.square(), latent.abs(), residual.abs(), residual.square(), feature.square())
+        return {name: part.flatten(1).mean(1) for name, part in zip(self.score_names, parts, strict=True)}
+
+    @property
+    def calibrates(self) -> bool:
+        """Only the combined score needs the scores of held-out normals."""
+        return self.score_by == "combined"
+
+    def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:
+        """Mean and deviation of each score on held-out normals."""
+        scores = torch.cat([torch.stack(list(self.scores(networks, x).values()), 1) for x in held_out])
+        networks["calibration"].fit(scores)  # type: ignore[operator]
 
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - x̂|, mean over the channels."""

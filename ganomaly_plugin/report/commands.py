@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.report.decisions import decision_reports
 from ganomaly_plugin.report.measures import check_fpr, measured_frame
+from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.published import against_published
 from ganomaly_plugin.report.tables import make_tables, summarise
 from ganomaly_plugin.report.writers import WRITERS, write_tables
@@ -37,9 +39,14 @@ def tables(options: Any) -> int:
     check_fpr(options.fpr)
     store = Store(options.results)
     records = finished(store)
+    if options.report and options.scores:
+        raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
     if options.report:
         print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
         return 0
+    if options.scores:
+        records, remarks = by_score(store, records, options.scores, options.metrics, options.fpr)
+        print(*remarks, sep="\n", end="\n" if remarks else "", file=sys.stderr)
     made = make_tables(measured_frame(store, records, options.metrics, options.fpr), options.metrics, fpr=options.fpr)
     made += summarise(made)
     if options.against:

@@ -15,7 +15,7 @@ from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
 from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
-from ganomaly_plugin.training.validation import NormalValidation, hold_out
+from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, NormalValidation, calibrate, hold_out
 
 __all__ = ["RecipeDetector", "scoring_mode"]
 
@@ -65,12 +65,16 @@ class RecipeDetector(BaseDetector):
         on_epoch: OnEpoch | None,
         steps: int | None = None,
     ) -> None:
+        if epochs is None and steps is None:
+            steps = self.recipe.default_steps
         self.device_ = device
         self.history_: list[dict[str, float]] = []
         recipe, chw = self.recipe, (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
         judge: NormalValidation | None = None
-        if recipe.select == "normal-val":
+        held_out: Tensor | None = None
+        if recipe.select == "normal-val" or (recipe.calibrates and round(recipe.val_share * len(images)) >= FEWEST_HELD_OUT):
             images, held_out = hold_out(images, recipe.val_share, seed)
+        if recipe.select == "normal-val" and held_out is not None:
             untrained = {name: to_device(net, device) for name, net in build_networks(recipe, chw, seed).items()}
             judge = NormalValidation(recipe, held_out, seed=seed, networks=untrained, device=device)
 
@@ -80,6 +84,8 @@ class RecipeDetector(BaseDetector):
             stop = judge is not None and judge.after_epoch(epoch, trainer)
             self.history_.append(losses if judge is None else {**losses, "validation": judge.values[-1]})
             if on_epoch is not None:
+                if recipe.calibrates:
+                    calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
                 on_epoch(epoch, self)
             return stop
 
@@ -96,6 +102,8 @@ class RecipeDetector(BaseDetector):
         if judge is not None:
             self.networks_ = judge.networks
             self.facts_ |= {"selected_epoch": judge.best_epoch, "validation_images": len(judge.images)}
+        if recipe.calibrates:
+            self.facts_ |= calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
 
     def _score(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.score).double()

@@ -37,6 +37,7 @@ from ganomaly_plugin.training.plain import (
 )
 from ganomaly_plugin.training.pre_processing import GanPreProcessor, to_grey
 from ganomaly_plugin.training.scoring import scoring_mode
+from ganomaly_plugin.training.validation import CALIBRATION_LIMIT, calibrate
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ class RecipeModule(AnomalibModule):
             loop.rng.set_state(self._resumed["rng"])
             self._resumed = None
         self._losses: list[dict[str, Tensor]] = []
+        self._seen: list[Tensor] = []
 
     def on_fit_start(self) -> None:
         """Check that the optimisers are ours, and forget what an earlier fit was at."""
@@ -235,9 +237,26 @@ class RecipeModule(AnomalibModule):
             self._full_batch = len(images)
         elif len(images) < self._full_batch:
             return None
+        if self.recipe.calibrates and sum(map(len, self._seen)) < CALIBRATION_LIMIT:
+            self._seen.append(images.detach().cpu())
         losses = self._training().step(images)
         self._losses.append(losses)
         return dict(losses)
+
+    def on_validation_start(self) -> None:
+        """Calibrate before scores are looked at."""
+        self._calibrate()
+
+    def on_train_end(self) -> None:
+        """Calibrate the scores of the trained networks, for methods that do."""
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """On images of the last epoch, which were trained on: Lightning's data module decides what is held out."""
+        if self.recipe.calibrates and getattr(self, "_seen", None):
+            networks, images = self.model.scoring_networks(), torch.cat(self._seen)
+            with torch.inference_mode(False):
+                calibrate(self.recipe, networks, images, None, seed=self.seed, device=self.device)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean losses; raises Diverged when one is not finite."""
@@ -292,7 +311,7 @@ class RecipeModule(AnomalibModule):
         """Leaves the optimisers out of an export to torch."""
         parent = super()
         state = parent.__getstate__() if hasattr(parent, "__getstate__") else self.__dict__
-        return {**state, "_loop": None}  # type: ignore[dict-item]
+        return {**state, "_loop": None, "_seen": []}  # type: ignore[dict-item]
 
     def _training(self) -> PlainTrainer:
         if self._loop is None:

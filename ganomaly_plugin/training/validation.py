@@ -14,9 +14,11 @@ from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe, StepInput
 from ganomaly_plugin.training.plain import PlainTrainer
-from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
+from ganomaly_plugin.training.scoring import batches, in_chunks, scoring_mode
 
 STABILITY = "stability"
+CALIBRATION_LIMIT = 1024  # training images that a recipe's calibration sees at most, and held-out ones likewise
+FEWEST_HELD_OUT = 10  # images; a mean and a deviation of fewer are noise, and calibration falls back to training images
 _FEWEST_TO_RANK = 3  # images; a rank correlation of two says nothing
 
 
@@ -37,6 +39,20 @@ def hold_out(images: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
         )
     order = torch.from_numpy(np.random.default_rng([seed, 8]).permutation(len(images)))
     return images[order[count:].sort().values], images[order[:count].sort().values]
+
+
+def calibrate(
+    recipe: Recipe, networks: Networks, images: Tensor, held_out: Tensor | None, *, seed: int, device: torch.device
+) -> dict[str, object]:
+    """Let `recipe` calibrate `networks` in place; returns what it was calibrated on, for the record."""
+    few = held_out is None or len(held_out) < FEWEST_HELD_OUT
+    parts = []
+    for source in (images, images if few or held_out is None else held_out):
+        order = torch.from_numpy(np.random.default_rng([seed, 9]).permutation(len(source))[:CALIBRATION_LIMIT])
+        parts.append(source[order.sort().values])
+    with torch.no_grad(), scoring_mode(networks, recipe.batchnorm):
+        recipe.calibrate(networks, *(list(batches(recipe, part, device)) for part in parts))
+    return {"calibrated_on": "training images" if few else "held-out images", "calibration_images": len(parts[1])}
 
 
 class NormalValidation:

@@ -1,0 +1,77 @@
+"""Several scores of one trained model, side by side: taken from what its job stored, without training anything again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, measure
+from ganomaly_plugin.selection import parse_selection, show
+from ganomaly_plugin.store import Store
+
+ALL = "all"
+COMBINED = "combined"
+_SCORE, _REFERENCE = "score.", "reference_score."
+
+
+def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a job stores of its named scores: those of the test and reference images, and all of them combined.
+
+    "combined" is the mean of the scores, each standardised with the mean and deviation it has on the reference images.
+    """
+    if not test:
+        return {}
+    if COMBINED not in test:
+        scales = {name: (values.mean(), values.std() or 1.0) for name, values in reference.items()}
+        test, reference = (
+            {**scores, COMBINED: np.mean([(scores[k] - mean) / deviation for k, (mean, deviation) in scales.items()], axis=0)}
+            for scores in (test, reference)
+        )
+    return {_SCORE + k: v for k, v in test.items()} | {_REFERENCE + k: v for k, v in reference.items()}
+
+
+def by_score(
+    store: Store, records: Iterable[RunRecord], names: Sequence[str], metrics: Sequence[str], fpr: float = DEFAULT_FPR
+) -> tuple[list[RunRecord], list[str]]:
+    """`records` with one row for each of the scores `names` ("all": every stored one), and remarks on them.
+
+    A job that stored no named scores stays as it is, and so does a failed one. Measures are taken from stored scores.
+
+    Raises:
+        InvalidInput: No job has a score of that name.
+    """
+    found: list[RunRecord] = []
+    known: set[str] = set()
+    on_training = False
+    for record in records:
+        arrays = store.scores(record.job) if record.status == "done" else {}
+        stored = [name.removeprefix(_SCORE) for name in arrays if name.startswith(_SCORE)]
+        known |= set(stored)
+        if not stored:
+            found.append(record)
+        for name in stored:
+            if name in names or ALL in names:
+                found.append(_with_score(record, name, arrays, metrics, fpr))
+                on_training |= name == COMBINED and record.reference == "train"
+    for name in names:
+        if name != ALL and name not in known:
+            if not known:
+                raise InvalidInput(f"No job of {store.folder} has named scores. Run a method that has some, such as ganomaly.")
+            raise unknown("score", name, [*sorted(known), ALL])
+    note = "combined: standardised on training images where the protocol holds no normal images out (paper-v1)"
+    return found, [note] if on_training else []
+
+
+def _with_score(
+    record: RunRecord, name: str, arrays: Mapping[str, np.ndarray], metrics: Sequence[str], fpr: float
+) -> RunRecord:
+    takes = {key: METRICS[key].measure for key in {"auroc", "auprc", *metrics} if METRICS[key].measure is not None}
+    chosen = {**arrays, "score": arrays[_SCORE + name], "reference_score": arrays[_REFERENCE + name]}
+    measured = measure(chosen, {key: take for key, take in takes.items() if take is not None}, fpr)
+    label = parse_selection(record.job.label or record.job.detector, "model")
+    job = replace(record.job, label=show(label.name, {**label.options, "score_by": name}))
+    return replace(record, job=job, metrics=measured)
