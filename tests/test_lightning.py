@@ -60,7 +60,8 @@ def test_the_same_batches_give_the_same_weights_as_the_plain_trainer(name: str) 
     fit_batches(module, batches, CPU, epochs=2 * len(recipe.stages))
     ours, theirs = weights(module.model.scoring_networks()), weights(plain.scoring_networks())
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    trained = [key for key in ours if not key.startswith("calibration.")]  # fitted after training, which a bare step is not
+    assert all(torch.equal(ours[key], theirs[key]) for key in trained)
 
 
 def test_an_epoch_of_the_plain_loop_is_an_epoch_of_the_engine() -> None:
