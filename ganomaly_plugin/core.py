@@ -133,10 +133,11 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished job on its way to the store: its record and, when done, its arrays (`.npz`)."""
+    """A finished job on its way to the store: its record and, when done, its arrays and sample images (`.npz`)."""
 
     record: RunRecord
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 #: Jobs that are run together, in one process on one device: one job, or a stack of jobs trained at once.

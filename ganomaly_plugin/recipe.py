@@ -171,6 +171,10 @@ class Recipe(ABC):
         """Anomaly of each pixel, `(n, h, w)`; higher is more anomalous. Only methods that reconstruct have one."""
         raise InvalidInput(f"{type(self).__name__} has no anomaly map: it does not reconstruct its input.")
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """What the method takes each image for, of its shape and in `input_range`. Only methods that reconstruct have one."""
+        raise InvalidInput(f"{type(self).__name__} does not reconstruct its input.")
+
     def redraw(self, network: nn.Module) -> None:
         """Draw a collapsed network anew, in place, from torch's global random state."""
         raise InvalidInput(f"{type(self).__name__} does not say how to draw a network anew.")

@@ -22,6 +22,7 @@ from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.report.named_scores import named_arrays
+from ganomaly_plugin.samples import sample
 from ganomaly_plugin.store import Store
 
 REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
@@ -125,7 +126,7 @@ def _run(job: Job, settings: Settings) -> Outcome:
     arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
     if hasattr(detector, "named_scores"):
         arrays |= named_arrays(detector.named_scores(test), detector.named_scores(dataset.images[reference_index]))
-    return Outcome(record, arrays)
+    return Outcome(record, arrays, sample(detector, test, split.is_anomaly, score))
 
 
 def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:

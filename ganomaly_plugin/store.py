@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -89,15 +90,19 @@ class Store:
         """Where the scores of `job` are."""
         return self.scores_dir / f"{job.slug}.npz"
 
+    def images_path(self, job: Job) -> Path:
+        """Where sample images of `job` are, if there are any."""
+        return self.folder / "images" / f"{job.slug}.npz"
+
     def put(self, outcome: Outcome) -> None:
         """Store an outcome: the scores first, then the record that vouches for them."""
         record = outcome.record
-        if outcome.arrays:
-            import io
-
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, allow_pickle=False, **dict(outcome.arrays))
-            atomic_write(self.scores_path(record.job), buffer.getvalue())
+        for path, arrays in ((self.scores_path(record.job), outcome.arrays), (self.images_path(record.job), outcome.images)):
+            if arrays:
+                path.parent.mkdir(exist_ok=True)
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
+                atomic_write(path, buffer.getvalue())
         text = json.dumps(record.to_dict(), indent=1, allow_nan=False)
         atomic_write(self.record_path(record.job), text.encode() + b"\n")
 
@@ -124,7 +129,18 @@ class Store:
         Raises:
             CorruptFile: The file is missing or damaged.
         """
-        path = self.scores_path(job)
+        return self._read(self.scores_path(job), job)
+
+    def images(self, job: Job) -> dict[str, np.ndarray]:
+        """Sample images of a done job, as `samples.sample` makes them; {} when it has none.
+
+        Raises:
+            CorruptFile: The file is damaged.
+        """
+        path = self.images_path(job)
+        return self._read(path, job) if path.is_file() else {}
+
+    def _read(self, path: Path, job: Job) -> dict[str, np.ndarray]:
         todo = f"Delete {self.record_path(job)} and run again."
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:

@@ -63,6 +63,10 @@ class AutoencoderRecipe(Recipe):
         """Mean reconstruction error of each image."""
         return self._error(networks, images).flatten(1).mean(1)
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """The decoded code."""
+        return networks["decoder"](networks["encoder"](images))
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """Reconstruction error, mean over the channels."""
         return self._error(networks, images).mean(1)

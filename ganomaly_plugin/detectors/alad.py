@@ -166,6 +166,10 @@ class AladRecipe(Recipe):
         _, features_other = networks["d_xx"](images, x_hat)
         return (features_same - features_other).abs().flatten(1).sum(1)
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """G(E(x))."""
+        return networks["generator"](networks["encoder"](images))
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - G(E(x))|, mean over the channels."""
-        return (images - networks["generator"](networks["encoder"](images))).abs().mean(1)
+        return (images - self.reconstruct(networks, images)).abs().mean(1)

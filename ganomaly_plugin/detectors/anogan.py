@@ -119,9 +119,13 @@ class AnoganRecipe(Recipe):
         """A(x) = (1 - λ)·R(x) + λ·D(x), eq. 6: the loss of the last code of the search."""
         return self._losses(networks, images, self._features(networks, images), self.search(networks, images))
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """G(z) at the end of the search."""
+        return networks["generator"](self.search(networks, images))
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - G(z)| at the end of the search, mean over the channels: the paper's residual image."""
-        return (images - networks["generator"](self.search(networks, images))).abs().mean(1)
+        return (images - self.reconstruct(networks, images)).abs().mean(1)
 
     def _features(self, networks: Networks, images: Tensor) -> Tensor:
         return networks["discriminator"](images)[1]

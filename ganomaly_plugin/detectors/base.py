@@ -32,6 +32,8 @@ class BaseDetector(ABC):
     has_steps: ClassVar[bool] = False
     #: Whether `anomaly_map` works.
     has_anomaly_map: ClassVar[bool] = False
+    #: Whether `reconstruct` works.
+    has_reconstruction: ClassVar[bool] = False
     #: Conformance checks that do not apply to the method, by name, each with its reason.
     conformance_exemptions: ClassVar[dict[str, str]] = {}
     #: Hyperparameters and epochs that make the conformance suite cheap; what its user sets comes first.
@@ -104,6 +106,15 @@ class BaseDetector(ABC):
         """
         return np.asarray(self._anomaly_map(self._check(images)), dtype=np.float32)
 
+    def reconstruct(self, images: Any) -> np.ndarray:
+        """What the method takes each image for, float32 `(n, c, h, w)`, about [-1, 1].
+
+        Raises:
+            NotFitted: Called before `fit`.
+            InvalidInput: The method does not reconstruct, or the images are not usable.
+        """
+        return np.asarray(self._reconstruct(self._check(images)), dtype=np.float32)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted detector to one file of tensors and plain values (no pickled code); see `load_detector`."""
         if not hasattr(self, "image_shape_"):
@@ -149,6 +160,9 @@ class BaseDetector(ABC):
 
     def _anomaly_map(self, images: Tensor) -> Tensor | np.ndarray:
         raise InvalidInput(f"{self.name or type(self).__name__} has no anomaly map: it does not reconstruct its input.")
+
+    def _reconstruct(self, images: Tensor) -> Tensor | np.ndarray:
+        raise InvalidInput(f"{self.name or type(self).__name__} does not reconstruct its input.")
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:

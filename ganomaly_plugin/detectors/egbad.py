@@ -149,6 +149,10 @@ class EgbadRecipe(Recipe):
         feature_error = (features_image - features_reconstruction).abs().flatten(1).sum(1)
         return (1 - self.w_feature) * image_error + self.w_feature * feature_error
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """G(E(x))."""
+        return networks["generator"](networks["encoder"](images))
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - G(E(x))|, mean over the channels."""
-        return (images - networks["generator"](networks["encoder"](images))).abs().mean(1)
+        return (images - self.reconstruct(networks, images)).abs().mean(1)

@@ -155,6 +155,10 @@ class FAnoganRecipe(Recipe):
         """A(x) = A_R(x) + κ·A_D(x), the encoder's own loss on one image."""
         return self._errors(networks, images)
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """G(E(x))."""
+        return networks["generator"](networks["encoder"](images))
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - G(E(x))|, mean over the channels; the paper's pixel-wise residual."""
-        return (images - networks["generator"](networks["encoder"](images))).abs().mean(1)
+        return (images - self.reconstruct(networks, images)).abs().mean(1)

@@ -169,7 +169,10 @@ class GanomalyRecipe(Recipe):
         scores = torch.cat([torch.stack(list(self.scores(networks, x).values()), 1) for x in held_out])
         networks["calibration"].fit(scores)  # type: ignore[operator]
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """x̂."""
+        return networks["generator"](images)[0]
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """|x - x̂|, mean over the channels."""
-        x_hat, _, _ = networks["generator"](images)
-        return (images - x_hat).abs().mean(1)
+        return (images - self.reconstruct(networks, images)).abs().mean(1)

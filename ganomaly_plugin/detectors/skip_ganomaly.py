@@ -160,6 +160,10 @@ class SkipGanomalyRecipe(Recipe):
         feature_error = (features_real - features_fake).square().flatten(1).mean(1)
         return self.w_image * image_error + (1 - self.w_image) * feature_error
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """x̂."""
+        return networks["generator"](images)
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """(x - x̂)², mean over the channels."""
-        return (images - networks["generator"](images)).square().mean(1)
+        return (images - self.reconstruct(networks, images)).square().mean(1)

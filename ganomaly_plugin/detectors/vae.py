@@ -147,6 +147,12 @@ class VaeRecipe(Recipe):
             return reconstruction
         return reconstruction + self.beta * kl_divergence(mean, log_variance)
 
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """The decoded mean of the posterior."""
+        low, high = self.input_range
+        mean, _ = networks["encoder"](images).chunk(2, dim=1)
+        return (networks["decoder"](mean) + 1) * ((high - low) / 2) + low
+
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """The reconstruction loss of each pixel, mean over the channels."""
         mean, _ = networks["encoder"](images).chunk(2, dim=1)

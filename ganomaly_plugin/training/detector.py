@@ -37,6 +37,7 @@ class RecipeDetector(BaseDetector):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.has_anomaly_map = type(recipe).anomaly_map is not Recipe.anomaly_map  # type: ignore[misc]
+        self.has_reconstruction = type(recipe).reconstruct is not Recipe.reconstruct
         self.conformance_exemptions = recipe.conformance_exemptions  # type: ignore[misc]
         self.conformance_epochs = recipe.conformance_epochs  # type: ignore[misc]
         self.conformance_shape = recipe.conformance_shape  # type: ignore[misc]
@@ -123,6 +124,10 @@ class RecipeDetector(BaseDetector):
             self._check(images), lambda nets, x: torch.stack([self.recipe.scores(nets, x)[name] for name in names], 1)
         )
         return {name: column.double().numpy() for name, column in zip(names, found.unbind(1), strict=True)}
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        low, high = self.recipe.input_range
+        return 2 * (self._in_chunks(images, self.recipe.reconstruct) - low) / (high - low) - 1
 
     def describe(self) -> dict[str, Any]:
         """Number of trained parameters, in all and of each network; training steps and images seen; the trainer."""
