@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ganomaly_plugin.checkpoints import load_authors_checkpoint, save_authors_checkpoint
     from ganomaly_plugin.registry import list_detectors, load_detector, make_detector
+    from ganomaly_plugin.report.results import load_results
 
 _LAZY = {
     "load_authors_checkpoint": "ganomaly_plugin.checkpoints",
@@ -21,12 +22,14 @@ _LAZY = {
     "make_detector": "ganomaly_plugin.registry",
     "load_detector": "ganomaly_plugin.registry",
     "list_detectors": "ganomaly_plugin.registry",
+    "load_results": "ganomaly_plugin.report.results",
 }
 __all__ = [
     "__version__",
     "list_detectors",
     "load_authors_checkpoint",
     "load_detector",
+    "load_results",
     "make_detector",
     "save_authors_checkpoint",
 ]

@@ -91,6 +91,12 @@ def _add_tables(parser: Any) -> None:
     parser.add_argument("--per_class", "--per-class", action="store_true", help="a report for each class and seed")
 
 
+def _add_stats(parser: Any) -> None:
+    parser.add_argument("results", type=str, help="results folder")
+    parser.add_argument("--metric", type=str, default="auroc", help=_METRICS)
+    parser.add_argument("--baseline", type=str, help="compare every detector with this one only, as tables call it")
+
+
 def _add_ls(parser: Any) -> None:
     parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all)")
 
@@ -130,6 +136,7 @@ def _add_speed(parser: Any) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "run": (_add_run, "run a sweep of models × data sets × classes × seeds and write its tables"),
     "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
+    "stats": (_add_stats, "print intervals and significance tests, or why the results are too few for them"),
     "ls": (_add_ls, "list detectors, data sets and protocols"),
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),

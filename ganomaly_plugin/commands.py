@@ -135,6 +135,13 @@ def tables(options: Any) -> int:
     return print_tables(options)
 
 
+def stats(options: Any) -> int:
+    """Print intervals and tests of a results folder."""
+    from ganomaly_plugin.report.commands import stats as print_stats
+
+    return print_stats(options)
+
+
 def test(options: Any) -> int:
     """Run the conformance suite on detectors; 1 when a check fails."""
     from ganomaly_plugin.conformance import run_checks

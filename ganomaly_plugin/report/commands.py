@@ -7,10 +7,12 @@ from typing import Any
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
 from ganomaly_plugin.report.decisions import decision_reports
-from ganomaly_plugin.report.measures import check_fpr, measured_frame
+from ganomaly_plugin.report.measures import check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.published import against_published
+from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.tables import make_tables, summarise
 from ganomaly_plugin.report.writers import WRITERS, write_tables
 from ganomaly_plugin.store import Store
@@ -53,4 +55,16 @@ def tables(options: Any) -> int:
         made = against_published(made)
     write_tables(store)
     print(WRITERS[options.format](made), end="")
+    return 0
+
+
+def stats(options: Any) -> int:
+    """Print intervals and tests of a results folder: what its numbers allow to say, and why not where they do not."""
+    results = Results(options.results)
+    finished(results.store)
+    check_metrics([options.metric])
+    for comparison in comparisons(results, options.metric, baseline=options.baseline):
+        print(comparison_text(comparison))
+    for protocol, tested, why in over_data_sets(results.tables((options.metric,))):
+        print(friedman_text(protocol, tested, why))
     return 0

@@ -37,7 +37,7 @@ class RecipeDetector(BaseDetector):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.has_anomaly_map = type(recipe).anomaly_map is not Recipe.anomaly_map  # type: ignore[misc]
-        self.has_reconstruction = type(recipe).reconstruct is not Recipe.reconstruct
+        self.has_reconstruction = type(recipe).reconstruct is not Recipe.reconstruct  # type: ignore[misc]
         self.conformance_exemptions = recipe.conformance_exemptions  # type: ignore[misc]
         self.conformance_epochs = recipe.conformance_epochs  # type: ignore[misc]
         self.conformance_shape = recipe.conformance_shape  # type: ignore[misc]

@@ -1,0 +1,201 @@
+"""From a results folder to the sentences of `bench stats`: intervals and tests, or one line that says why not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import InvalidInput, one_line, unknown
+from ganomaly_plugin.report.measures import METRICS, measured_frame
+from ganomaly_plugin.report.results import Results
+from ganomaly_plugin.report.statistics import (
+    Friedman,
+    Interval,
+    Pair,
+    friedman,
+    image_interval,
+    seed_interval,
+    wilcoxon_pairs,
+)
+from ganomaly_plugin.report.tables import MEAN, Table
+from ganomaly_plugin.store import Store
+
+PAIRWISE_LIMIT = 10  # detectors; with more, Holm over all pairs leaves nothing, and a baseline must be named
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector's mean with its intervals; `images` only for AUROC, `seeds` only from two seeds on."""
+
+    detector: str
+    mean: float
+    images: Interval | None
+    seeds: Interval | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What can be said of one table: intervals a row, and paired tests or the reason why there are none."""
+
+    table: Table
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    why_no_pairs: str
+
+
+def compare(
+    store: Store, records: Iterable[RunRecord], table: Table, seeds: dict[str, list[float]], *, baseline: str | None = None
+) -> Comparison:
+    """Intervals and paired tests of the rows of `table`.
+
+    Args:
+        store: Where the scores are.
+        records: Those of the table's data set and protocol.
+        table: One metric's table.
+        seeds: For each row the mean over classes of each complete seed.
+        baseline: Compare each row with this one only.
+
+    Raises:
+        InvalidInput: `baseline` is no row of the table.
+    """
+    if baseline is not None and baseline not in table.rows:
+        raise unknown("baseline", baseline, table.rows)
+    scores = _scores(store, records) if table.metric == "auroc" else {}
+    rows = []
+    for name in table.rows:
+        cell = table.cells[name][MEAN]
+        if cell.n == 0:
+            continue
+        images = image_interval(list(scores[name].values())) if name in scores else None
+        rows.append(Row(name, cell.mean, images, seed_interval(seeds.get(name, []))))
+    pairs, why = _pairs(table, baseline)
+    return Comparison(table, tuple(rows), tuple(pairs), why)
+
+
+def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]:
+    found: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+    for record in records:
+        if record.status == "done":
+            arrays = store.scores(record.job)
+            of_class = found.setdefault(record.job.label or record.job.detector, {})
+            part = f"{record.job.data.get('category', '')}/{record.job.category}"
+            order = np.argsort(arrays["test_index"], kind="stable")  # so that seeds agree on which image is which
+            of_class.setdefault(part, []).append((arrays["is_anomaly"][order], arrays["score"][order]))
+    return found
+
+
+def _pairs(table: Table, baseline: str | None) -> tuple[list[Pair], str]:
+    classes = [column for column in table.columns if column != MEAN]
+    complete = [row for row in table.rows if all(table.cells[row][column].complete for column in classes)]
+    if len(complete) < 2:
+        return [], "no paired tests: fewer than two detectors are complete in every class"
+    if baseline is not None and baseline not in complete:
+        return [], f"no paired tests: {baseline} is not complete in every class"
+    if baseline is None and len(complete) > PAIRWISE_LIMIT:
+        return [], f"no paired tests: {len(complete)} detectors make too many pairs to correct for; name one with --baseline"
+    values = {row: [table.cells[row][column].mean for column in classes] for row in complete}
+    if not METRICS[table.metric].higher_is_better:
+        values = {row: [-value for value in each] for row, each in values.items()}
+    pairs = [(row, baseline) for row in complete if row != baseline] if baseline else list(itertools.combinations(complete, 2))
+    try:
+        return wilcoxon_pairs(values, pairs), ""
+    except InvalidInput as error:
+        return [], f"no paired tests: {one_line(error)}"
+
+
+def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
+    """Friedman's test over the data sets that tables of one metric and protocol are of, or the reason why there is none.
+
+    The categories of MVTec AD and its like have images of their own each, and count as data sets; classes of one labelled
+    data set share their training images, and do not.
+    """
+    names: list[str] | None = None
+    blocks: dict[str, dict[str, float]] = {}
+    for table in tables:
+        name = table.where[0]
+        separate = name.startswith("anomalib:")
+        for column in table.columns if separate else [MEAN]:
+            if separate and column == MEAN:
+                continue
+            block = f"{name}/{column}"
+            if block in blocks:
+                return None, f"no test over data sets: {name} is here more than once, with other options"
+            blocks[block] = {row: table.cells[row][column].mean for row in table.rows if table.cells[row][column].complete}
+    for values in blocks.values():
+        names = list(values) if names is None else [name for name in names if name in values]
+    names = names or []
+    grid = np.array([[values[name] for name in names] for values in blocks.values()]).reshape(len(blocks), len(names))
+    try:
+        return friedman(names, grid, higher_is_better=tables[0].higher_is_better), ""
+    except InvalidInput as error:
+        return None, f"no test over data sets: {one_line(error)}"
+
+
+def comparisons(results: Results, metric: str = "auroc", *, baseline: str | None = None) -> Iterator[Comparison]:
+    """A comparison for each data set and protocol of a results folder; see `compare`."""
+    tables = {(*table.where, table.protocol): table for table in results.tables((metric,)) if table.metric == metric}
+    for (dataset, data, protocol, sampling), records in results.groups():
+        table = tables[dataset, data, sampling, protocol]
+        yield compare(results.store, records, table, _seed_means(results, table), baseline=baseline)
+
+
+def _seed_means(results: Results, table: Table) -> dict[str, list[float]]:
+    """For each row the mean over all classes of each seed that has them all."""
+    frame = measured_frame(results.store, results.records, (table.metric,))
+    dataset, data, sampling = table.where
+    mine = frame[
+        (frame["dataset"] == dataset)
+        & (frame["data"] == data)
+        & (frame["sampling"] == sampling)
+        & (frame["protocol"] == table.protocol)
+        & (frame["status"] == "done")
+    ]
+    found = {}
+    for name, part in mine.groupby("detector"):
+        grid = part.pivot_table(index="seed", columns="class", values=table.metric)
+        whole = grid.reindex(columns=[column for column in table.columns if column != MEAN]).dropna()
+        found[str(name)] = [float(value) for value in whole.mean(axis=1)]
+    return found
+
+
+def over_data_sets(tables: Sequence[Table]) -> Iterator[tuple[str, Friedman | None, str]]:
+    """Friedman's test, or why there is none, for each protocol of tables of one metric."""
+    for protocol in dict.fromkeys(table.protocol for table in tables):
+        metric = tables[0].metric
+        yield (protocol, *across_data_sets([t for t in tables if t.protocol == protocol and t.metric == metric]))
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The comparison as lines for a terminal."""
+    table = comparison.table
+    lines = [f"{table.dataset}, {table.protocol}: {table.title}"]
+    width = max((len(row.detector) for row in comparison.rows), default=0)
+    for row in comparison.rows:
+        texts = [f"[{i.low:.3f}, {i.high:.3f}] {i.method} (n = {i.n})" for i in (row.images, row.seeds) if i is not None]
+        texts += ["one seed: no interval over seeds"] if row.seeds is None else []
+        lines.append(f"  {row.detector.ljust(width)}  {row.mean:.3f}  95 %: " + "; ".join(texts))
+    if comparison.pairs:
+        lines.append("  Wilcoxon over classes, seeds averaged, Holm over these pairs (classes share training images):")
+    for pair in comparison.pairs:
+        lines.append(
+            f"    {pair.a} - {pair.b}: {pair.difference:+.3f}, better in {pair.wins_a}, worse in {pair.wins_b}, "
+            f"p = {pair.p:.4f}, Holm {pair.p_holm:.4f}"
+        )
+    if comparison.why_no_pairs:
+        lines.append(f"  {comparison.why_no_pairs}")
+    return "\n".join(lines)
+
+
+def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:
+    """Friedman's test, or why there is none, as lines for a terminal."""
+    if tested is None:
+        return f"{protocol}: {why}"
+    ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in sorted(tested.ranks.items(), key=lambda item: item[1]))
+    return (
+        f"{protocol}: Friedman over {tested.n} data sets: chi2 = {tested.chi2:.2f}, Iman-Davenport F = {tested.f:.2f}, "
+        f"p = {tested.p:.4f}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}"
+    )

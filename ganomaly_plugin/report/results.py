@@ -1,0 +1,131 @@
+"""A results folder for notebooks: pandas frames of runs and scores, tables by name, and an HTML view."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from html import escape
+
+import pandas as pd
+
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.frame import GROUP, runs_frame, split_category
+from ganomaly_plugin.report.measures import DEFAULT_FPR, measured_frame
+from ganomaly_plugin.report.tables import MEAN, Table, make_tables
+from ganomaly_plugin.report.writers import caption, cell_text, rank_cell, reference_cells
+from ganomaly_plugin.store import Store
+
+
+class Results:
+    """What a `bench run` left behind; nothing here trains.
+
+    Args:
+        folder: The results folder.
+
+    Raises:
+        InvalidInput: It is none.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.store = Store(folder)
+
+    def __repr__(self) -> str:
+        done = sum(record.status == "done" for record in self.records)
+        return f"Results({str(self.store.folder)!r}: {done} jobs done, {len(self.records) - done} failed)"
+
+    @functools.cached_property
+    def records(self) -> list[RunRecord]:
+        """All records, read once."""
+        return self.store.records()
+
+    @functools.cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row a job: detector, dataset, protocol, class, seed, status, metrics, and everything else of its record."""
+        return runs_frame(self.records)
+
+    @functools.cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row a test image of a finished job.
+
+        Columns: key, detector, dataset, protocol, class, seed, test_index, is_anomaly, score.
+        """
+        parts = []
+        for record in self.records:
+            if record.status != "done":
+                continue
+            job, arrays = record.job, self.store.scores(record.job)
+            named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
+            named |= {"class": split_category(job)[1], "seed": job.seed}  # type: ignore[dict-item]
+            parts.append(pd.DataFrame({name: arrays[name] for name in ("test_index", "is_anomaly", "score")}).assign(**named))
+        columns = ["key", "detector", "dataset", "protocol", "class", "seed", "test_index", "is_anomaly", "score"]
+        return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+    def tables(self, metrics: Sequence[str] = ("auroc",), *, fpr: float = DEFAULT_FPR) -> list[Table]:
+        """The tables of `metrics`, one for each data set and protocol; see `make_tables`."""
+        return make_tables(measured_frame(self.store, self.records, metrics, fpr), metrics, fpr=fpr)
+
+    def table(
+        self, metric: str = "auroc", *, dataset: str | None = None, protocol: str | None = None, fpr: float = DEFAULT_FPR
+    ) -> pd.DataFrame:
+        """One table: detectors × classes and their mean, each the mean over seeds.
+
+        Args:
+            metric: Name of a metric.
+            dataset: Needed where there are several.
+            protocol: Needed where there are several.
+            fpr: The false-positive rate that sets the threshold of "f1".
+
+        Raises:
+            InvalidInput: No table or several are meant, or the metric is unknown.
+        """
+        made = [table for table in self.tables((metric,), fpr=fpr) if table.metric == metric]
+        chosen = [t for t in made if dataset in (None, t.dataset, t.where[0]) and protocol in (None, t.protocol)]
+        if len(chosen) != 1:
+            there = ", ".join(f"{table.dataset} / {table.protocol}" for table in made) or "(none)"
+            raise InvalidInput(f"{len(chosen)} tables of {metric} are meant. Give dataset and protocol of one of: {there}.")
+        (table,) = chosen
+        rows = {row: {column: table.cells[row][column].mean for column in table.columns} for row in table.rows}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("detector")
+
+    def groups(self) -> Iterator[tuple[tuple[str, ...], list[RunRecord]]]:
+        """The records that one table is made of, by data set, options, protocol and sampling."""
+        by_key = {record.job.key: record for record in self.records}
+        if not self.runs.empty:
+            for where, part in self.runs.groupby(GROUP, sort=True):
+                yield tuple(str(value) for value in where), [by_key[key] for key in part["key"]]
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>" + "".join(table_html(table) for table in self.tables())
+
+
+def table_html(table: Table) -> str:
+    """The table as HTML: best cells strong, second underlined, rows of the literature in italics; all text escaped."""
+    ranks, average = {column: table.ranks(column) for column in table.columns}, table.average_ranks()
+    head = ["detector", *table.columns, *(["rank"] if average else [])]
+    lines = [f"<table><caption>{escape(caption(table))}</caption><thead><tr>"]
+    lines += [f'<th scope="col">{escape(text)}</th>' for text in head]
+    lines.append("</tr></thead><tbody>")
+    for row in table.rows:
+        lines.append(f'<tr><th scope="row">{escape(row)}</th>')
+        for column in table.columns:
+            text = escape(cell_text(table.cells[row][column]))
+            best, second = ranks[column]
+            text = f"<strong>{text}</strong>" if row in best else f"<u>{text}</u>" if row in second else text
+            lines.append(f"<td{' class=mean' if column == MEAN else ''}>{text}</td>")
+        lines += [f"<td>{text}</td>" for text in rank_cell(average, row)]
+        lines.append("</tr>")
+    for reference in table.references:
+        cells = "".join(f"<td><i>{text}</i></td>" for text in reference_cells(table, reference))
+        lines.append(f'<tr><th scope="row"><i>{escape(reference.label)}</i></th>{cells}{"<td></td>" if average else ""}</tr>')
+    return "".join([*lines, "</tbody></table>"])
+
+
+def load_results(folder: str | os.PathLike[str]) -> Results:
+    """The results folder that a `bench run` wrote.
+
+    Raises:
+        InvalidInput: It is no results folder.
+    """
+    return Results(folder)

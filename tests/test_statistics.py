@@ -1,0 +1,145 @@
+"""The statistics against SciPy, scikit-posthocs and Demšar's worked example; refusals where n is too small."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.metrics import auroc
+from ganomaly_plugin.report.statistics import (
+    bootstrap_aurocs,
+    friedman,
+    holm,
+    image_interval,
+    seed_interval,
+    wilcoxon_pairs,
+)
+
+# Demšar, "Statistical Comparisons of Classifiers over Multiple Data Sets", JMLR 7, 2006, table 6: AUC of C4.5 and variants.
+NAMES = ("C4.5", "C4.5+m", "C4.5+cf", "C4.5+m+cf")
+DEMSAR = np.array(
+    [
+        [0.763, 0.768, 0.771, 0.798],
+        [0.599, 0.591, 0.590, 0.569],
+        [0.954, 0.971, 0.968, 0.967],
+        [0.628, 0.661, 0.654, 0.657],
+        [0.882, 0.888, 0.886, 0.898],
+        [0.936, 0.931, 0.916, 0.931],
+        [0.661, 0.668, 0.609, 0.685],
+        [0.583, 0.583, 0.563, 0.625],
+        [0.775, 0.838, 0.866, 0.875],
+        [1.000, 1.000, 1.000, 1.000],
+        [0.940, 0.962, 0.965, 0.962],
+        [0.619, 0.666, 0.614, 0.669],
+        [0.972, 0.981, 0.9751, 0.975],  # both print as .975; the paper's average ranks are those of the third being better
+        [0.957, 0.978, 0.946, 0.970],
+    ]
+)
+
+
+def test_friedman_and_nemenyi_as_demsar_has_them() -> None:
+    found = friedman(NAMES, DEMSAR, ties=False)
+    assert [round(rank, 3) for rank in found.ranks.values()] == [3.143, 2.000, 2.893, 1.964]
+    assert found.chi2 == pytest.approx(9.28, abs=0.005) and found.f == pytest.approx(3.69, abs=0.005) and found.p < 0.05
+    assert found.critical_difference == pytest.approx(1.25, abs=0.005)  # q = 2.569
+
+
+def test_friedman_against_scipy_and_scikit_posthocs() -> None:
+    posthocs = pytest.importorskip("scikit_posthocs")
+    found = friedman(NAMES, DEMSAR)
+    assert found.chi2 == pytest.approx(stats.friedmanchisquare(*DEMSAR.T).statistic)
+    np.testing.assert_allclose(found.p_pairs, posthocs.posthoc_nemenyi_friedman(DEMSAR).to_numpy(), atol=1e-6)
+    lower = friedman(NAMES, -DEMSAR, higher_is_better=False)
+    assert lower.ranks == found.ranks
+
+
+def test_friedman_is_refused_for_few_data_sets() -> None:
+    with pytest.raises(InvalidInput, match="got 4 on 5"):
+        friedman(NAMES, DEMSAR[:5])
+    with pytest.raises(InvalidInput, match="got 2 on 14"):
+        friedman(NAMES[:2], DEMSAR[:, :2])
+    same = friedman(NAMES, np.ones((8, 4)))
+    assert same.chi2 == pytest.approx(0) and same.p == pytest.approx(1)
+
+
+def test_wilcoxon_as_demsar_has_it() -> None:
+    """Section 3.1.3: C4.5 against C4.5+m over the same 14 data sets, R- = 93 and R+ = 12, significant at 0.05."""
+    difference = DEMSAR[:, 1] - DEMSAR[:, 0]
+    (pair,) = wilcoxon_pairs({"plain": DEMSAR[:, 0], "m": DEMSAR[:, 1]}, [("m", "plain")])
+    assert (pair.wins_a, pair.wins_b) == (10, 2) and pair.p < 0.05 and pair.p_holm == pair.p
+    assert pair.p == stats.wilcoxon(difference).pvalue
+
+
+def test_wilcoxon_is_exact_and_refused_for_few_classes() -> None:
+    values = {"a": np.arange(6) + 1.0, "b": np.zeros(6), "c": np.zeros(6)}
+    pairs = wilcoxon_pairs(values, [("a", "b"), ("a", "c"), ("b", "c")])
+    assert pairs[0].p == pytest.approx(2 / 2**6) and pairs[0].p_holm == pytest.approx(3 * 2 / 2**6)
+    assert pairs[-1].p == 1.0  # no difference at all
+    with pytest.raises(InvalidInput, match=r"got 5: the smallest p that 5 can give is 0\.0625"):
+        wilcoxon_pairs({name: each[:5] for name, each in values.items()}, [("a", "b")])
+
+
+def test_holm_by_hand_and_against_statsmodels() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p = np.random.default_rng(0).random(20) ** 3
+    np.testing.assert_allclose(holm(p), multitest.multipletests(p, method="holm")[1])
+
+
+def test_bootstrap_is_the_auroc_of_the_drawn_images() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random(40) < 0.4
+    score = np.round(rng.normal(truth, 1), 1)  # with ties
+    (found,) = bootstrap_aurocs(truth, score, 1, np.random.default_rng(7))
+    again = np.random.default_rng(7)
+    weights = np.zeros(40, dtype=int)
+    for kind in (True, False):
+        n = int((truth == kind).sum())
+        weights[truth == kind] = again.multinomial(n, np.full(n, 1 / n), 1)[0]
+    drawn = np.repeat(np.arange(40), weights)
+    assert found == pytest.approx(auroc(truth[drawn], score[drawn]))
+    with pytest.raises(InvalidInput, match="one kind is missing"):
+        bootstrap_aurocs(np.ones(4, dtype=bool), np.arange(4.0), 2, rng)
+
+
+def test_image_interval_against_scipy() -> None:
+    rng = np.random.default_rng(1)
+    normal, anomalous = rng.normal(0, 1, 80), rng.normal(1, 1, 40)
+    truth, score = np.r_[np.zeros(80, bool), np.ones(40, bool)], np.r_[normal, anomalous]
+
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return (np.moveaxis(a, axis, -1)[..., :, None] > np.moveaxis(b, axis, -1)[..., None, :]).mean((-1, -2))
+
+    theirs = stats.bootstrap((anomalous, normal), statistic, n_resamples=2000, method="percentile", rng=2, batch=200)
+    ours = image_interval([[(truth, score)]])
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.012)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.012)
+    twice = image_interval([[(truth, score), (truth, score)]])  # a second seed of the same scores tells nothing new
+    assert twice.high - twice.low == pytest.approx(ours.high - ours.low)
+    four = image_interval([[(truth, score)]] * 4)  # four classes do
+    assert (four.high - four.low) / (ours.high - ours.low) == pytest.approx(0.5, abs=0.08)
+
+
+def test_image_interval_covers_the_truth() -> None:
+    rng, hits = np.random.default_rng(5), 0
+    truth = np.arange(90) < 30
+    expected = stats.norm.cdf(1 / np.sqrt(2))
+    for k in range(100):
+        interval = image_interval([[(truth, rng.normal(truth, 1))]], replicates=300, seed=k)
+        hits += interval.low <= expected <= interval.high
+    assert 88 <= hits <= 100
+
+
+def test_seed_interval() -> None:
+    assert seed_interval([0.5]) is None
+    three = seed_interval([0.90, 0.92, 0.94])
+    assert three is not None and three.method.startswith("Student")
+    theirs = stats.ttest_1samp([0.90, 0.92, 0.94], 0).confidence_interval(0.95)
+    assert (three.low, three.high) == pytest.approx((theirs.low, theirs.high))
+    values = np.random.default_rng(0).normal(size=20)
+    many = seed_interval(list(values))
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    assert many is not None and many.method.startswith("bootstrap")
+    assert (many.low, many.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
