@@ -1,1 +1,0 @@
-"""Figures of results: matplotlib, one column wide, colours that colour-blind readers tell apart."""
