@@ -26,7 +26,7 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 def test_every_registered_name_resolves() -> None:
     assert {"ganomaly", "ae", "mean_intensity"} <= set(list_detectors())
-    assert list_detectors("gano*") == ["ganomaly"]
+    assert list_detectors("gano*") == ["ganomaly", "ganomaly_plus"]
     members = {
         "detector": {"anomalib:": "anomalib:Padim"},
         "data set": {"anomalib:": "anomalib:MVTecAD", "folder:": "folder:x"},
