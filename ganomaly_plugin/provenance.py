@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,21 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def without_folders(word: str) -> str:
+    """A command-line word as it may be published: absolute paths relative to the working directory, or their last name.
+
+    `--data-root=/home/anna/data` becomes `--data-root=…/data`: a record names no machine's folders and no person.
+    """
+
+    def shorten(match: re.Match[str]) -> str:
+        path = Path(match[2])
+        with contextlib.suppress(ValueError):
+            return match[1] + str(path.relative_to(Path.cwd()))
+        return f"{match[1]}…/{path.name}"
+
+    return re.sub(r"(^|[=:,\[])(/(?!/)[^,\]]*)", shorten, word)
+
+
 def environment(device: str) -> dict[str, Any]:
     """Everything a record says of where it was made; `device` is the torch device that the job ran on."""
     import torch
@@ -67,7 +84,7 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
-        "command": ["bench", *sys.argv[1:]],
+        "command": ["bench", *(without_folders(word) for word in sys.argv[1:])],
     }
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)

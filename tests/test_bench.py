@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
 from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, write_tables
@@ -407,3 +408,19 @@ def test_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     assert process.returncode == 130 and "mean_intensity" in stdout
     (path,) = records(out)
     assert read_record(path).status == "done" and (out / "auc.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("/home/anna/data", "…/data"),
+        ("--data-root=/home/anna/data", "--data-root=…/data"),
+        ("folder:/srv/cells", "folder:…/cells"),
+        ("elpv[root=/srv/a b,subset=mono]", "elpv[root=…/a b,subset=mono]"),
+        ("ray://10.0.0.1:6379", "ray://10.0.0.1:6379"),
+        ("results/mine", "results/mine"),
+    ],
+)
+def test_a_record_names_no_folders_of_its_machine(word: str, kept: str) -> None:
+    assert without_folders(word) == kept
+    assert without_folders(str(Path.cwd() / "out" / "x")) == "out/x"
