@@ -91,8 +91,24 @@ class AblatedGanomaly(GanomalyRecipe):
 
     def score(self, networks: Networks, images: Tensor) -> Tensor:
         """GANomaly's score of the images normalised as in training."""
-        return super().score(networks, self._normalised(images))
+        _, z, z_hat = networks["generator"](self._normalised(images))
+        return (z - z_hat).square().flatten(1).mean(1)
+
+    def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
+        """GANomaly's named scores of the images normalised as in training."""
+        return super().scores(networks, self._normalised(images))
+
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """What the generator makes of the normalised images, back in the range and channels of `images`."""
+        x_hat = networks["generator"](self._normalised(images))[0]
+        if self.channels == "anomalib":
+            x_hat = x_hat.mean(1, keepdim=True)
+        if self.norm == "authors":
+            return x_hat
+        mean, deviation = IMAGENET
+        return 2 * (x_hat * deviation + mean) - 1
 
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
-        """GANomaly's map of the images normalised as in training."""
-        return super().anomaly_map(networks, self._normalised(images))
+        """GANomaly's map, |x - x̂| with x normalised as in training."""
+        x = self._normalised(images)
+        return (x - networks["generator"](x)[0]).abs().mean(1)
