@@ -22,6 +22,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
@@ -48,6 +49,22 @@ _OWN_KEY = "ganomaly_plugin"
 HIDDEN = ("batch_size", "select", "val_share", "criterion", "patience")
 
 
+def with_plain_weights(networks: nn.Module) -> nn.Module:
+    """`networks`, or a copy whose parametrised weights (spectral normalisation) are the plain tensors that scoring uses."""
+    if not any(map(is_parametrized, networks.modules())):
+        return networks
+    plain = copy.deepcopy(networks).eval()  # in training mode, reading a weight would move the power iteration on
+    for module in filter(is_parametrized, list(plain.modules())):
+        # Not torch's remove_parametrizations: it takes the weight from the class, which `networks` share with their copy.
+        bare = type_before_parametrizations(module)
+        parametrised = module._modules.pop("parametrizations")
+        weights = {name: parametrised[name]() for name in parametrised}  # type: ignore[index,union-attr]
+        module.__class__ = bare
+        for name, weight in weights.items():
+            module.register_parameter(name, nn.Parameter(weight.detach()))
+    return plain
+
+
 class RecipeModel(nn.Module):
     """A recipe's networks, and their scores in anomalib's terms.
 
@@ -66,12 +83,14 @@ class RecipeModel(nn.Module):
         self.has_map = type(recipe).anomaly_map is not Recipe.anomaly_map
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out how the average is updated, a closure, which an export to torch could not pickle."""
+        """The model for scoring alone: an export to torch can pickle neither closures nor spectral normalisation."""
         state = super().__getstate__()
+        modules = {"networks": with_plain_weights(self.networks)}
         if self.average is not None:
             average = copy.copy(self.average)
-            average.multi_avg_fn = None
-            state["_modules"] = {**state["_modules"], "average": average}
+            average.multi_avg_fn = None  # how the average is updated, a closure
+            modules["average"] = with_plain_weights(average)
+        state["_modules"] = {**state["_modules"], **modules}
         return state
 
     def scoring_networks(self) -> Networks:
