@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ganomaly_plugin.errors import InvalidInput
+
+
+COMBINED = "combined"
+SCORE_PREFIX, REFERENCE_PREFIX = "score.", "reference_score."  # of named scores among the arrays of a job
 
 
 def check_scores(score: ArrayLike, n: int, detector: str) -> np.ndarray:
@@ -87,3 +92,19 @@ def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
         return float(false_positive[k])
     share = gap[k - 1] / (gap[k - 1] - gap[k])
     return float(false_positive[k - 1] + share * (false_positive[k] - false_positive[k - 1]))
+
+
+def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a job stores of its named scores: those of the test and reference images, and all of them combined.
+
+    "combined" is the mean of the scores, each standardised with the mean and deviation it has on the reference images.
+    """
+    if not test:
+        return {}
+    if COMBINED not in test:
+        scales = {name: (values.mean(), values.std() or 1.0) for name, values in reference.items()}
+        test, reference = (
+            {**scores, COMBINED: np.mean([(scores[k] - mean) / deviation for k, (mean, deviation) in scales.items()], axis=0)}
+            for scores in (test, reference)
+        )
+    return {SCORE_PREFIX + k: v for k, v in test.items()} | {REFERENCE_PREFIX + k: v for k, v in reference.items()}

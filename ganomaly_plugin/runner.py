@@ -17,11 +17,10 @@ from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
-from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores
+from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
-from ganomaly_plugin.report.named_scores import named_arrays
 from ganomaly_plugin.samples import sample
 from ganomaly_plugin.store import Store
 

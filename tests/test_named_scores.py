@@ -10,9 +10,8 @@ import torch
 from conftest import blobs
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.metrics import auroc
+from ganomaly_plugin.metrics import auroc, named_arrays
 from ganomaly_plugin.registry import load_detector, make_detector
-from ganomaly_plugin.report.named_scores import named_arrays
 from ganomaly_plugin.store import Store
 
 SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}

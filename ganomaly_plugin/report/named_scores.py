@@ -9,29 +9,12 @@ import numpy as np
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.metrics import COMBINED, REFERENCE_PREFIX, SCORE_PREFIX
 from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, measure
 from ganomaly_plugin.selection import parse_selection, show
 from ganomaly_plugin.store import Store
 
 ALL = "all"
-COMBINED = "combined"
-_SCORE, _REFERENCE = "score.", "reference_score."
-
-
-def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a job stores of its named scores: those of the test and reference images, and all of them combined.
-
-    "combined" is the mean of the scores, each standardised with the mean and deviation it has on the reference images.
-    """
-    if not test:
-        return {}
-    if COMBINED not in test:
-        scales = {name: (values.mean(), values.std() or 1.0) for name, values in reference.items()}
-        test, reference = (
-            {**scores, COMBINED: np.mean([(scores[k] - mean) / deviation for k, (mean, deviation) in scales.items()], axis=0)}
-            for scores in (test, reference)
-        )
-    return {_SCORE + k: v for k, v in test.items()} | {_REFERENCE + k: v for k, v in reference.items()}
 
 
 def by_score(
@@ -49,7 +32,7 @@ def by_score(
     on_training = False
     for record in records:
         arrays = store.scores(record.job) if record.status == "done" else {}
-        stored = [name.removeprefix(_SCORE) for name in arrays if name.startswith(_SCORE)]
+        stored = [name.removeprefix(SCORE_PREFIX) for name in arrays if name.startswith(SCORE_PREFIX)]
         known |= set(stored)
         if not stored:
             found.append(record)
@@ -70,7 +53,7 @@ def _with_score(
     record: RunRecord, name: str, arrays: Mapping[str, np.ndarray], metrics: Sequence[str], fpr: float
 ) -> RunRecord:
     takes = {key: METRICS[key].measure for key in {"auroc", "auprc", *metrics} if METRICS[key].measure is not None}
-    chosen = {**arrays, "score": arrays[_SCORE + name], "reference_score": arrays[_REFERENCE + name]}
+    chosen = {**arrays, "score": arrays[SCORE_PREFIX + name], "reference_score": arrays[REFERENCE_PREFIX + name]}
     measured = measure(chosen, {key: take for key, take in takes.items() if take is not None}, fpr)
     label = parse_selection(record.job.label or record.job.detector, "model")
     job = replace(record.job, label=show(label.name, {**label.options, "score_by": name}))
