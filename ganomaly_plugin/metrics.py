@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ganomaly_plugin.errors import InvalidInput
 
-
 COMBINED = "combined"
 SCORE_PREFIX, REFERENCE_PREFIX = "score.", "reference_score."  # of named scores among the arrays of a job
 
