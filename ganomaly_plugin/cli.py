@@ -97,6 +97,21 @@ def _add_stats(parser: Any) -> None:
     parser.add_argument("--baseline", type=str, help="compare every detector with this one only, as tables call it")
 
 
+def _add_merge(parser: Any) -> None:
+    parser.add_argument("results", nargs="+", type=str, help="results folders")
+    parser.add_argument("--out", type=str, required=True, help="results folder to write; may be one of them")
+    parser.add_argument("--keep", type=str, help="first or last, where folders have other scores for one job")
+
+
+def _add_diff(parser: Any) -> None:
+    parser.add_argument("first", type=str, help="results folder")
+    parser.add_argument("second", type=str, help="results folder")
+
+
+def _add_sys_info(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def _add_ls(parser: Any) -> None:
     parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all)")
 
@@ -137,11 +152,14 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "run": (_add_run, "run a sweep of models × data sets × classes × seeds and write its tables"),
     "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
     "stats": (_add_stats, "print intervals and significance tests, or why the results are too few for them"),
+    "merge": (_add_merge, "make one results folder out of several, where their rows compare"),
+    "diff": (_add_diff, "say how two results folders differ, and why"),
     "ls": (_add_ls, "list detectors, data sets and protocols"),
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
     "speed": (_add_speed, "time a training step beside the authors' form of it, or scoring"),
+    "sys-info": (_add_sys_info, "print versions, hardware and commit, for a bug report"),
 }
 
 
@@ -154,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(words)
         from ganomaly_plugin import commands
 
-        return int(getattr(commands, arguments.command)(arguments[arguments.command]))
+        return int(getattr(commands, arguments.command.replace("-", "_"))(arguments[arguments.command]))
     except ArgumentError as error:
         return _usage(_readable(error, words))
     except BenchError as error:

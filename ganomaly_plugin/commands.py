@@ -90,7 +90,7 @@ def run(options: Any) -> int:
     jobs = expand(experiment)
     out = Path(experiment.out)
     if options.dry_run:
-        plan = make_plan(jobs, Store(out) if (out / "bench.json").is_file() else None, retry_failed=options.retry_failed)
+        plan = make_plan(jobs, Store(out) if Store.marker_of(out).is_file() else None, retry_failed=options.retry_failed)
         return _print_plan(plan, out)
     store = Store(out, create=True)
     plan = make_plan(jobs, store, retry_failed=options.retry_failed)
@@ -140,6 +140,41 @@ def stats(options: Any) -> int:
     from ganomaly_plugin.report.commands import stats as print_stats
 
     return print_stats(options)
+
+
+def merge(options: Any) -> int:
+    """Make one results folder out of several, and write its tables."""
+    from ganomaly_plugin.combine import merge as merge_folders
+    from ganomaly_plugin.report.writers import to_text, write_tables
+    from ganomaly_plugin.store import Store
+
+    merged = merge_folders(options.results, options.out, keep=options.keep)
+    store = Store(options.out)
+    print(to_text(write_tables(store)), end="")
+    for remark in merged.remarks:
+        print(remark, file=sys.stderr)
+    print(f"{merged.copied} records copied to {store.folder}; {merged.shared} jobs were in several folders", file=sys.stderr)
+    return 0
+
+
+def diff(options: Any) -> int:
+    """Say how two results folders differ: 0 the same jobs with the same scores, 1 otherwise."""
+    from ganomaly_plugin.combine import compare
+
+    found = compare(options.first, options.second)
+    print("\n".join(found.lines()))
+    return 0 if found.same else 1
+
+
+def sys_info(options: Any) -> int:
+    """Print what a record says of this machine, for a bug report."""
+    import json
+
+    from ganomaly_plugin.provenance import system_info
+
+    found = system_info()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(f"{name:20}{value}" for name, value in found.items()))
+    return 0
 
 
 def test(options: Any) -> int:

@@ -91,3 +91,16 @@ def environment(device: str) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
     return found
+
+
+def system_info() -> dict[str, Any]:
+    """What `environment` says of every device here, flat, by readable names."""
+    import torch
+
+    git = git_state()
+    commit = f"{git['commit']}{' (changed)' if git['dirty'] else ''}" if git else "not a checkout"
+    found = {**versions(), "commit": commit, "platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()}
+    found["threads"] = torch.get_num_threads()
+    found["cuda"] = torch.version.cuda or "none"
+    found["gpus"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none"
+    return found

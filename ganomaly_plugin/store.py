@@ -28,8 +28,19 @@ def atomic_write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, on systems where a folder can be synced."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class Store:
@@ -46,13 +57,18 @@ class Store:
         self.folder = Path(folder)
         self.records_dir = self.folder / "records"
         self.scores_dir = self.folder / "scores"
-        marker = self.folder / MARKER
+        marker = self.marker_of(folder)
         if not create:
             if not marker.is_file():
                 raise InvalidInput(f"{self.folder} is not a results folder (no {MARKER}). Give the --out of a bench run.")
         else:
             self._create(marker)
         self._check_format(marker)
+
+    @staticmethod
+    def marker_of(folder: str | os.PathLike[str]) -> Path:
+        """The file that makes `folder` a results folder."""
+        return Path(folder) / MARKER
 
     def _create(self, marker: Path) -> None:
         try:

@@ -1,0 +1,110 @@
+"""`bench merge` and `bench diff`: rows that compare go together, others are refused or explained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from test_measures import fill, outcome
+
+from ganomaly_plugin.core import Outcome
+from ganomaly_plugin.store import Store
+
+
+def altered(source: Outcome, **fields: object) -> Outcome:
+    """The outcome with other scores and fields of its record."""
+    arrays = {**source.arrays, "score": np.asarray(source.arrays["score"]) + 1}
+    return Outcome(replace(source.record, **fields), arrays)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_halves_make_the_whole(tmp_path: Path, bench) -> None:
+    every = [outcome(detector, category) for detector in ("a", "b") for category in "01"]
+    whole = fill(tmp_path / "whole", every)
+    fill(tmp_path / "one", every[:3])
+    fill(tmp_path / "two", every[2:])
+    before = contents(tmp_path / "one")
+    code, stdout, stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")
+    assert code == 0 and "4 records copied" in stderr and "1 jobs were in several" in stderr, stderr
+    assert "mean" in stdout and contents(tmp_path / "one") == before
+    for record in whole.records():
+        assert np.array_equal(whole.scores(record.job)["score"], Store(tmp_path / "both").scores(record.job)["score"])
+    assert bench("diff", tmp_path / "whole", tmp_path / "both")[:2] == (0, "4 jobs with the same scores in both\n")
+    code, _, stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "one")
+    assert code == 0 and "1 records copied" in stderr
+    assert bench("diff", tmp_path / "whole", tmp_path / "one")[0] == 0
+
+
+def test_other_scores_of_one_job_are_refused_or_settled(tmp_path: Path, bench) -> None:
+    versions = {"versions": {"torch": "2.11.0"}}
+    first = outcome("a")
+    fill(tmp_path / "one", [Outcome(replace(first.record, environment={"versions": {"torch": "2.15.0"}}), first.arrays)])
+    second = altered(first, environment=versions)
+    fill(tmp_path / "two", [second])
+    words = ("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")
+    code, _, stderr = bench(*words)
+    assert code == 2 and "other scores" in stderr and "torch 2.15.0 against 2.11.0" in stderr and "--keep" in stderr
+    assert not (tmp_path / "both").exists()
+    code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "two")
+    assert code == 1 and "other scores: 1" in stdout and "torch 2.15.0 against 2.11.0" in stdout
+    for keep, kept in (("first", first), ("last", second)):
+        assert bench(*words[:-1], tmp_path / keep, "--keep", keep)[0] == 0
+        assert np.array_equal(Store(tmp_path / keep).scores(first.record.job)["score"], kept.arrays["score"])
+    assert "must be first or last" in bench(*words, "--keep", "best")[2]
+
+
+def test_other_splits_never_go_together(tmp_path: Path, bench) -> None:
+    fill(tmp_path / "one", [outcome("a")])
+    fill(tmp_path / "two", [altered(outcome("b"), split_digest="other")])
+    for more in ((), ("--keep", "last")):
+        code, _, stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both", *more)
+        assert code == 2 and "other splits of the data" in stderr and not (tmp_path / "both").exists()
+    fill(tmp_path / "three", [altered(outcome("a"), split_digest="other")])
+    code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "three")
+    assert code == 1 and "not comparable: 1" in stdout and "other splits" in stdout
+
+
+def test_a_failure_gives_way_to_a_result(tmp_path: Path, bench) -> None:
+    done = outcome("a")
+    fill(tmp_path / "one", [Outcome(replace(done.record, status="failed", error="out of memory", metrics={}))])
+    fill(tmp_path / "two", [done])
+    assert "done against failed: out of memory" in bench("diff", tmp_path / "two", tmp_path / "one")[1]
+    for order in (("one", "two"), ("two", "one")):
+        out = tmp_path / "-".join(order)
+        assert bench("merge", *(tmp_path / name for name in order), "--out", out)[0] == 0
+        assert [record.status for record in Store(out).records()] == ["done"]
+
+
+def test_a_difference_is_explained_by_the_nearest_namesake(tmp_path: Path, bench) -> None:
+    fill(tmp_path / "one", [outcome("a"), outcome("c")])
+    others = [
+        outcome("a", protocol="one-anomalous/strict-v1"),
+        outcome("a", protocol="x", data={"image_size": 64}),
+        outcome("d"),
+    ]
+    fill(tmp_path / "two", others)
+    code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "two")
+    assert code == 1 and "class 0 · seed 0: protocol one-anomalous/paper-v1 against one-anomalous/strict-v1\n" in stdout
+    assert "only first: 1\n  c · " in stdout and "only second: 2\n" in stdout
+
+
+def test_what_cannot_be_merged(tmp_path: Path, bench) -> None:
+    fill(tmp_path / "one", [outcome("a")])
+    assert "Give two or more" in bench("merge", tmp_path / "one", "--out", tmp_path / "one")[2]
+    code, _, stderr = bench("merge", tmp_path / "one", tmp_path / "none", "--out", tmp_path / "both")
+    assert code == 2 and "not a results folder" in stderr
+    path = next((tmp_path / "one" / "scores").iterdir())
+    path.write_bytes(path.read_bytes()[:-40])
+    fill(tmp_path / "two", [outcome("b")])
+    code, _, stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")
+    assert code == 2 and "damaged" in stderr and not (tmp_path / "both").exists()
+
+
+def test_sys_info(bench) -> None:
+    code, stdout, _ = bench("sys-info")
+    assert code == 0 and "torch" in stdout and "gpus" in stdout
+    assert bench("sys-info", "--json")[1].startswith("{")
