@@ -73,6 +73,12 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
     parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--workers", type=int, help="worker processes (default: none, jobs run one by one in this process)")
+    parser.add_argument("--devices", type=names, help="GPUs to use, such as 0,1: a worker process for each")
+    parser.add_argument("--jobs_per_device", "--jobs-per-device", type=int, help="worker processes for each GPU (default: 1)")
+    parser.add_argument("--timeout", type=float, help="seconds a job may take before its worker process is killed")
+    parser.add_argument("--retries", type=int, help="tries more for a job whose worker process died (default: 0)")
+    parser.add_argument("--fail_fast", "--fail-fast", action="store_true", help="stop at the first job that fails")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--retry_failed", "--retry-failed", action="store_true", help="run failed jobs again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import sys
@@ -16,6 +17,9 @@ from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selectio
 DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous/strict-v1"], "seeds": [0], "device": "auto"}
 #: What `bench run` does unless --config or --datasets says otherwise: an honest table in about a minute on two cores.
 QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "preset": {"features": 16}, "out": "results/quickstart"}
+
+#: Options of `bench run` that say where jobs run, not what they are.
+WHERE = ("workers", "devices", "jobs_per_device", "timeout", "retries")
 
 
 def ls(options: Any) -> int:
@@ -50,7 +54,7 @@ def experiment_from(options: Any) -> Any:
 
     given = {key: value for key, value in vars(options).items() if value is not None}
     configs = given.pop("config", None)
-    for flag in ("dry_run", "retry_failed"):
+    for flag in ("dry_run", "retry_failed", "fail_fast", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
     merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
@@ -76,14 +80,16 @@ def _mapping(value: Any) -> dict[str, Any]:
 def run(options: Any) -> int:
     """Run a sweep: 0 all done, 1 a job failed, 130 interrupted; tables on stdout, progress on stderr."""
     from ganomaly_plugin.config import expand
-    from ganomaly_plugin.executors.inline import InlineExecutor
+    from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, follow
     from ganomaly_plugin.report.writers import to_text, write_tables
-    from ganomaly_plugin.runner import Settings, make_plan, run_chunk, sweep
+    from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.store import Store
 
     began = time.perf_counter()
     experiment = experiment_from(options)
+    devices = tuple(options.devices) if options.devices is not None else None
+    where = Where(**{name: getattr(options, name) for name in WHERE if name != "devices"}, devices=devices)
     from ganomaly_plugin.detectors.base import resolve_device
 
     resolve_device(experiment.device)
@@ -99,10 +105,14 @@ def run(options: Any) -> int:
     if plan.failed:
         print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
     settings = Settings(device=experiment.device, data_root=experiment.data_root)
-    records, interrupted = [*plan.done, *plan.failed], False
+    executor = make_executor(where, functools.partial(failure, settings=settings))
+    interrupted = False
     try:
-        outcomes = sweep(plan, store, InlineExecutor(), functools.partial(run_chunk, settings=settings))
-        records += list(follow(outcomes, len(plan.missing)))
+        with contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings))) as records:
+            for record in follow(records, len(plan.missing)):
+                if options.fail_fast and record.status == "failed":
+                    print("stopped at the first failure, as --fail-fast says", file=sys.stderr)
+                    break
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: finished jobs are kept; the same command goes on from here", file=sys.stderr)

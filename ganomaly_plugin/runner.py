@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Detector, Executor, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
@@ -24,6 +25,7 @@ from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.samples import sample
 from ganomaly_plugin.store import Store
 
+_LOOK_AGAIN = 1.0  # seconds between looks at jobs that another sweep is at
 REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
 
 
@@ -49,16 +51,21 @@ def run_job(job: Job, settings: Settings) -> Outcome:
     try:
         return _run(job, settings)
     except Exception as error:  # a detector may raise anything, and the sweep goes on
-        known = isinstance(error, BenchError)
-        record = RunRecord(
-            job=job,
-            status="failed",
-            error=one_line(error),
-            traceback=None if known else traceback.format_exc(),
-            seconds={"total": time.perf_counter() - began},
-            environment=environment(_device_name(settings.device)),
-        )
-        return Outcome(record)
+        trace = None if isinstance(error, BenchError) else traceback.format_exc()
+        return failure(job, one_line(error), time.perf_counter() - began, settings, trace)
+
+
+def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str | None = None) -> Outcome:
+    """The outcome of a job that failed, with the reason in one line."""
+    record = RunRecord(
+        job=job,
+        status="failed",
+        error=error,
+        traceback=trace,
+        seconds={"total": seconds},
+        environment=environment(_device_name(settings.device)),
+    )
+    return Outcome(record)
 
 
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
@@ -171,6 +178,7 @@ class Plan:
     missing: list[Job]
     done: list[RunRecord]
     failed: list[RunRecord]
+    again: list[RunRecord]  # old failures among the missing
 
 
 def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = False) -> Plan:
@@ -179,7 +187,7 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
     Raises:
         CorruptFile: A record or its scores are damaged.
     """
-    plan = Plan(jobs, [], [], [])
+    plan = Plan(jobs, [], [], [], [])
     for job in jobs:
         record = store.get(job) if store is not None else None
         if store is not None and record is not None and record.status == "done":
@@ -189,11 +197,45 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
             plan.failed.append(record)
         else:
             plan.missing.append(job)
+            plan.again += [record] if record is not None else []
     return plan
 
 
-def sweep(plan: Plan, store: Store, executor: Executor, run: Callable[[Chunk], Iterable[Outcome]]) -> Iterator[RunRecord]:
-    """Run what is missing, store each outcome as it comes, and yield its record."""
-    for outcome in executor.map(run, [(job,) for job in plan.missing]):
-        store.put(outcome)
-        yield outcome.record
+def sweep(
+    plan: Plan, store: Store, executor: Executor, run: Callable[[Chunk], Iterable[Outcome]]
+) -> Generator[RunRecord, None, None]:
+    """Run what is missing, store each outcome as it comes, and yield its record.
+
+    Another sweep on the same folder at the same time takes its share: a job that it is at is left to it, and comes from
+    the store once it is done there.
+    """
+    before = {record.job.key: record for record in plan.again}
+    waiting = list(plan.missing)
+    with Claims(store.folder / "claims") as claims:
+        while waiting:
+            taken: set[str] = set()
+            for outcome in executor.map(run, _claimed(waiting, store, before, claims, taken)):
+                store.put(outcome)
+                claims.release(outcome.record.job)
+                yield outcome.record
+            left = [job for job in waiting if job.key not in taken]
+            waiting = []
+            for job in left:
+                record = store.get(job)
+                if record is None or record == before.get(job.key):
+                    waiting.append(job)
+                else:
+                    yield record
+            if waiting:
+                time.sleep(_LOOK_AGAIN)
+
+
+def _claimed(jobs: list[Job], store: Store, before: dict[str, RunRecord], claims: Claims, taken: set[str]) -> Iterator[Chunk]:
+    """Those of `jobs` that nobody else is at or has finished since, each claimed as an executor asks for it."""
+    for job in jobs:
+        if store.get(job) == before.get(job.key) and claims.take(job):
+            if store.get(job) == before.get(job.key):
+                taken.add(job.key)
+                yield (job,)
+            else:  # finished by another between the look and the claim
+                claims.release(job)

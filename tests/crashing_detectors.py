@@ -1,0 +1,41 @@
+"""Detectors that take their process with them, or never end: for tests of the executors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from faulty_detectors import Sound
+
+
+class Segfaults(Sound):
+    def _fit(self, images, **options):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Hangs(Sound):
+    def _fit(self, images, **options):
+        time.sleep(1000)
+
+
+class DiesOnce(Sound):
+    """Is killed at its first try for each seed; $BENCH_TEST_FOLDER remembers."""
+
+    def _fit(self, images, *, seed, **options):
+        mark = Path(os.environ["BENCH_TEST_FOLDER"]) / f"tried-{seed}"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._fit(images, seed=seed, **options)
+
+
+class Slow(Sound):
+    """Half a second of work, and a line for each time it was done."""
+
+    def _fit(self, images, *, seed, **options):
+        time.sleep(0.5)
+        with (Path(os.environ["BENCH_TEST_FOLDER"]) / "fits").open("a") as file:
+            file.write(f"{seed}\n")
+        super()._fit(images, seed=seed, **options)
