@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,11 +21,6 @@ _SHOWN = 20  # lines of one kind before "and N more"
 def cell(job: Job) -> str:
     """What a split depends on: jobs that share it must share the split's digest, or their rows do not compare."""
     return canonical_json([job.dataset, job.data, job.protocol, job.category, job.seed, job.sampling])
-
-
-def named(job: Job) -> str:
-    """How messages call a job."""
-    return f"{job.label or job.detector} · {job.dataset} · {job.protocol} · class {job.category} · seed {job.seed}"
 
 
 def differing_versions(a: RunRecord, b: RunRecord) -> str:
@@ -118,14 +113,14 @@ def _conflict(before: tuple[Store, RunRecord], after: tuple[Store, RunRecord]) -
         return None
     why = differing_versions(a, b) or "the same versions and device"
     gap = f"AUROC {a.metrics['auroc']:.4f} against {b.metrics['auroc']:.4f}"
-    return f"{named(a.job)}: other scores in {first.folder} and {second.folder} ({gap}; {why})"
+    return f"{a.job.title}: other scores in {first.folder} and {second.folder} ({gap}; {why})"
 
 
 def _same_scores(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in ("score", "is_anomaly"))
 
 
-def _split_conflicts(records: Iterator[RunRecord] | Sequence[RunRecord]) -> list[str]:
+def _split_conflicts(records: Iterable[RunRecord]) -> list[str]:
     digests: dict[str, RunRecord] = {}
     problems = []
     for record in records:
@@ -133,7 +128,7 @@ def _split_conflicts(records: Iterator[RunRecord] | Sequence[RunRecord]) -> list
             continue
         first = digests.setdefault(cell(record.job), record)
         if first.split_digest != record.split_digest:
-            problems.append(f"{named(first.job)} and {named(record.job)}: other splits of the data, so their files differ")
+            problems.append(f"{first.job.title} and {record.job.title}: other splits of the data, so their files differ")
     return problems
 
 
@@ -198,29 +193,29 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Co
     for job in [record.job for key, record in mine.items() if key not in theirs]:
         namesakes = rest.get(_name_of(job), [])
         if not namesakes:
-            found.only_first.append(named(job))
+            found.only_first.append(job.title)
             continue
         nearest = min(namesakes, key=lambda other: len(_unlike(job, other)))
         namesakes.remove(nearest)
-        found.not_comparable.append(f"{named(job)}: {', '.join(_unlike(job, nearest))}")
-    found.only_second += [named(job) for jobs in rest.values() for job in jobs]
+        found.not_comparable.append(f"{job.title}: {', '.join(_unlike(job, nearest))}")
+    found.only_second += [job.title for jobs in rest.values() for job in jobs]
     return found
 
 
 def _compare_job(found: Comparison, stores: tuple[Store, Store], a: RunRecord, b: RunRecord) -> None:
     if a.status != b.status:
-        found.other_status.append(f"{named(a.job)}: {a.status} against {b.status}: {a.error or b.error}")
+        found.other_status.append(f"{a.job.title}: {a.status} against {b.status}: {a.error or b.error}")
     elif a.status == "failed":
         found.equal += 1
     elif a.split_digest != b.split_digest:
-        found.not_comparable.append(f"{named(a.job)}: other splits of the data ({a.split_digest} against {b.split_digest})")
+        found.not_comparable.append(f"{a.job.title}: other splits of the data ({a.split_digest} against {b.split_digest})")
     elif _same_scores(stores[0].scores(a.job), stores[1].scores(b.job)):
         found.equal += 1
     else:
         change = b.metrics["auroc"] - a.metrics["auroc"]
         why = differing_versions(a, b) or "same versions and device"
         gap = f"AUROC {a.metrics['auroc']:.4f} against {b.metrics['auroc']:.4f} ({change:+.4f})"
-        found.other_scores.append(f"{named(a.job)}: {gap}; {why}")
+        found.other_scores.append(f"{a.job.title}: {gap}; {why}")
 
 
 def _name_of(job: Job) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ def _print_plan(plan: Any, out: Path) -> int:
     status = {**{r.job.key: "done" for r in plan.done}, **{r.job.key: "failed" for r in plan.failed}}
     for job in plan.jobs:
         state = status.get(job.key, "missing")
-        print(f"{state:9}{job.label} · {job.dataset} · {job.protocol} · class {job.category} · seed {job.seed} · {job.key}")
+        print(f"{state:9}{job.title} · {job.key}")
     counts = Counter(status.get(job.key, "missing") for job in plan.jobs)
     listed = ", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "failed", "missing"))
     print(f"{len(plan.jobs)} jobs: {listed} (in {out})")

@@ -96,6 +96,11 @@ class Job:
         words = [self.detector, self.dataset, self.category, f"s{self.seed}", self.key]
         return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word).strip("._")[:40] or "x" for word in words)
 
+    @property
+    def title(self) -> str:
+        """How messages call the job."""
+        return f"{self.label or self.detector} · {self.dataset} · {self.protocol} · class {self.category} · seed {self.seed}"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict from which `from_dict` makes the same job."""
         return asdict(self)

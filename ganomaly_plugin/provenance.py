@@ -79,10 +79,7 @@ def environment(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "versions": versions(),
         "git": git_state(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **_machine(),
         "device": device,
         "command": ["bench", *(without_folders(word) for word in sys.argv[1:])],
     }
@@ -93,14 +90,24 @@ def environment(device: str) -> dict[str, Any]:
     return found
 
 
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def system_info() -> dict[str, Any]:
     """What `environment` says of every device here, flat, by readable names."""
     import torch
 
     git = git_state()
     commit = f"{git['commit']}{' (changed)' if git['dirty'] else ''}" if git else "not a checkout"
-    found = {**versions(), "commit": commit, "platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()}
-    found["threads"] = torch.get_num_threads()
+    found = {**versions(), "commit": commit, **_machine()}
     found["cuda"] = torch.version.cuda or "none"
     found["gpus"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none"
     return found
