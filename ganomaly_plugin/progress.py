@@ -17,7 +17,8 @@ def describe(record: RunRecord) -> str:
     if record.status == "failed":
         return f"{where}: FAILED: {record.error}"
     seconds = sum(record.seconds.values())
-    return f"{where}: AUROC {record.metrics['auroc']:.3f} ({seconds:.1f} s)"
+    said = record.notes.get("describe", {}).get("fallbacks", [])
+    return "; ".join([f"{where}: AUROC {record.metrics['auroc']:.3f} ({seconds:.1f} s)", *said])
 
 
 def follow(records: Iterable[RunRecord], total: int, stream: TextIO | None = None) -> Iterator[RunRecord]:

@@ -135,8 +135,40 @@ def test_shares_and_patience_are_checked(hparams, message):
         make_detector("ganomaly", **hparams)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_fewer_images_than_a_batch_and_equal_images_train(n):
-    images = np.repeat(blobs(1), n, axis=0)
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (blobs(3), ["3 training images, fewer than batch_size=8, form each batch"]),
+        (np.repeat(blobs(1), 9, axis=0), ["all training images are equal"]),
+        (blobs(1), ["1 training images", "all training images are equal"]),
+        (blobs(9), []),
+    ],
+    ids=["few", "equal", "one", "enough"],
+)
+def test_few_and_equal_images_train_and_the_record_says_so(images, said):
     detector = make_detector("ganomaly", **SMALL).fit(images, steps=2, device="cpu")
-    assert np.isfinite(detector.score(blobs(3))).all() and detector.describe()["images_seen"] == 2 * n
+    assert np.isfinite(detector.score(blobs(3))).all()
+    assert detector.describe()["images_seen"] == 2 * min(8, len(images))
+    found = detector.describe().get("fallbacks", [])
+    assert len(found) == len(said) and all(text in line for text, line in zip(said, found, strict=True))
+
+
+def write_folder(root, n):
+    from PIL import Image
+
+    for name, count in (("train/0.normal", n), ("test/0.normal", 2), ("test/1.abnormal", 2)):
+        (root / name).mkdir(parents=True)
+        for k, image in enumerate(blobs(count, seed=len(name))[:, 0]):
+            Image.fromarray(((image + 1) * 127).astype(np.uint8)).save(root / name / f"{k}.png")
+    return f"folder:{root}"
+
+
+def test_bench_run_states_its_fallbacks_and_refuses_a_share_that_leaves_nothing(bench, tmp_path):
+    models = "ganomaly_plus,ganomaly[select=normal-val]"
+    words = ("run", "--models", models, "--hparams", "features=4", "--steps", "2", "--image_size", "16")
+    code, _, err = bench(*words, "--datasets", write_folder(tmp_path / "few", 5), "--out", tmp_path / "out")
+    assert code == 1
+    assert "5 training images, fewer than batch_size=32, form each batch; scores calibrated on the training images" in err
+    assert "FAILED: val_share=0.1 of 5 training images leaves none to hold out. Give more images, a val_share of 0.2" in err
+    code, _, err = bench(*words, "--datasets", write_folder(tmp_path / "one", 1), "--out", tmp_path / "out1")
+    assert code == 2 and "has 1 normal image to train on; at least 2 are needed" in err

@@ -76,6 +76,15 @@ def test_one_equal_and_few_images_are_taken(images, hparams):
     assert np.isfinite(detector.score(blobs(5, seed=1))).all()
     if len(images) < 40:
         assert detector.describe()["calibrated_on"] == "training images"
+        assert "scores calibrated on the training images" in detector.describe()["fallbacks"][-1]
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.999, "leaves none to train on"), (1.0, "val_share must lie"), (0, "val_share")]
+)
+def test_a_share_that_leaves_nothing_is_refused(share, message):
+    with pytest.raises(InvalidInput, match=message):
+        make_detector("ganomaly_plus", val_share=share, **SMALL).fit(blobs(40), steps=2, device="cpu")
 
 
 def test_its_budget_is_in_steps_unless_epochs_are_given():

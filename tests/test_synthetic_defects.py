@@ -47,6 +47,20 @@ def test_a_defect_leaves_the_original_alone(kind):
     assert made.shape == image.shape and made.dtype == np.uint8 and (made != image).any()
 
 
+@pytest.mark.parametrize(("kinds", "count"), [("local", 3), ("global", 4), ("all", 7)])
+def test_kinds_choose_the_defects(kinds, count):
+    dataset = load_dataset("synthetic_defects", image_size=16, kinds=kinds)
+    assert len(dataset.source["defects"].split(", ")) == count
+    assert (dataset.labels == 1).sum() == 180
+
+
+def test_the_default_defects_are_what_they_were():
+    dataset = load_dataset("synthetic_defects", image_size=16)
+    assert dataset.digest == "ebdc94612bd8346d29564d4a13b2f919d4f8765ae71880c58b326a89d1b22dc2"
+
+
 def test_an_unknown_base_is_refused():
     with pytest.raises(InvalidInput, match="base must be one of"):
         load_dataset("synthetic_defects", base="moon")
+    with pytest.raises(InvalidInput, match="kinds must be one of local, global, all"):
+        load_dataset("synthetic_defects", kinds="moon")

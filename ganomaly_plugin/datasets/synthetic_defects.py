@@ -1,6 +1,7 @@
 """Normal images with seeded synthetic defects: a set to choose methods on without seeing one real anomaly.
 
-Every test image comes twice, as it is and with a defect: a thin crack, a soft dark patch or a piece of another place.
+Every test image comes twice, as it is and with a defect: a local one (a thin crack, a soft dark patch, a piece of another
+place), or one of a large part or the whole of the image (its brightness, its contrast, its sharpness, a band across it).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from ganomaly_plugin.datasets.base import ImageDataset, load_dataset
 from ganomaly_plugin.datasets.splits import make_split
@@ -16,11 +18,22 @@ from ganomaly_plugin.errors import InvalidInput
 
 BASES = ("textures", "elpv", "digits", "mnist", "fashion_mnist")
 TEST_SHARE = 0.3  # of the normal images; the others are for training
-DEFECTS = ("crack", "patch", "moved")
+LOCAL = ("crack", "patch", "moved")
+GLOBAL = ("shaded", "faded", "blurred", "band")
+DEFECTS = LOCAL + GLOBAL
+KINDS = {"local": LOCAL, "global": GLOBAL, "all": DEFECTS}
 _TEXTURES = 600
 
 
-def load(*, root: Path, image_size: int = 64, base: str = "textures", subset: str = "mono", seed: int = 0) -> ImageDataset:
+def load(
+    *,
+    root: Path,
+    image_size: int = 64,
+    base: str = "textures",
+    subset: str = "mono",
+    kinds: str = "local",
+    seed: int = 0,
+) -> ImageDataset:
     """Good images of `base`, and copies of the test images among them with one synthetic defect each.
 
     Of a real data set only normal images of the strict protocol's training part are used, so that nothing chosen on
@@ -32,6 +45,7 @@ def load(*, root: Path, image_size: int = 64, base: str = "textures", subset: st
         base: "textures" (procedural: smooth noise and a grid), "elpv" (solar cells), "digits", "mnist" or
             "fashion_mnist".
         subset: Of "elpv": "mono", "poly" or "all".
+        kinds: Which defects: "local", "global" or "all".
         seed: Of the textures, of who is tested, and of the defects.
 
     Raises:
@@ -39,16 +53,19 @@ def load(*, root: Path, image_size: int = 64, base: str = "textures", subset: st
     """
     if base not in BASES:
         raise InvalidInput(f"base must be one of {', '.join(BASES)}, got {base!r}.")
+    if kinds not in KINDS:
+        raise InvalidInput(f"kinds must be one of {', '.join(KINDS)}, got {kinds!r}.")
+    defects = KINDS[kinds]
     rng = np.random.default_rng([seed, 6])
     good = textures(_TEXTURES, image_size, rng) if base == "textures" else _training_normals(base, root, image_size, subset)
     order = rng.permutation(len(good))
     n_test = round(TEST_SHARE * len(good))
     tested = good[order[:n_test]]
-    defective = np.stack([add_defect(image, DEFECTS[k % len(DEFECTS)], rng) for k, image in enumerate(tested)])
+    defective = np.stack([add_defect(image, defects[k % len(defects)], rng) for k, image in enumerate(tested)])
     images = np.concatenate([good[order[n_test:]], tested, defective])
     labels = np.repeat([0, 1], [len(good), n_test])
     is_test = np.arange(len(images)) >= len(good) - n_test
-    source = {"base": base, "defects": ", ".join(DEFECTS), "seed": seed}
+    source = {"base": base, "defects": ", ".join(defects), "seed": seed}
     return ImageDataset("synthetic_defects", images, labels, ("good", "defective"), is_test, ("defective",), source=source)
 
 
@@ -117,8 +134,41 @@ def _moved(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return moved
 
 
+def _shaded(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    side = image.shape[-1]
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    heading = rng.uniform(0, 2 * np.pi)
+    ramp = np.clip(0.5 + rng.uniform(0, 2) * (np.cos(heading) * y + np.sin(heading) * x), 0, 1)  # flat to half the image
+    factor = rng.uniform(0.7, 0.9) if rng.random() < 0.7 else rng.uniform(1.1, 1.3)
+    return image * (1 + (factor - 1) * 2 * ramp).clip(0.1)
+
+
+def _faded(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    mean = image.mean((1, 2), keepdims=True)
+    return mean + (image - mean) * rng.uniform(0.3, 0.7)
+
+
+def _blurred(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    radius = rng.uniform(0.015, 0.04) * image.shape[-1]
+    return gaussian_filter(image, (0, radius, radius))
+
+
+def _band(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    side = image.shape[-1]
+    height = max(1, int(rng.uniform(0.05, 0.3) * side))
+    top = int(rng.integers(0, side - height))
+    upright = bool(rng.random() < 0.5)
+    made = image.swapaxes(1, 2).copy() if upright else image.copy()
+    made[:, top : top + height] *= rng.uniform(0.4, 0.8)
+    return made.swapaxes(1, 2) if upright else made
+
+
 _MAKERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "crack": _crack,
     "patch": _patch,
     "moved": _moved,
+    "shaded": _shaded,
+    "faded": _faded,
+    "blurred": _blurred,
+    "band": _band,
 }

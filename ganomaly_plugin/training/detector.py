@@ -100,11 +100,19 @@ class RecipeDetector(BaseDetector):
             after_epoch=after_epoch,
         )
         self.facts_: dict[str, Any] = {"images_seen": self.steps_ * min(recipe.batch_size, len(images))}
+        fallbacks = _fallbacks(recipe, images)
         if judge is not None:
             self.networks_ = judge.networks
             self.facts_ |= {"selected_epoch": judge.best_epoch, "validation_images": len(judge.images)}
         if recipe.calibrates:
             self.facts_ |= calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
+            if self.facts_["calibrated_on"] != "held-out images":
+                fallbacks.append(
+                    f"scores calibrated on the training images: val_share={recipe.val_share:g} of them is fewer than "
+                    f"{FEWEST_HELD_OUT}"
+                )
+        if fallbacks:
+            self.facts_["fallbacks"] = fallbacks
 
     def _score(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.score).double()
@@ -159,3 +167,13 @@ class RecipeDetector(BaseDetector):
         self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
         self.facts_ = {}
         return self
+
+
+def _fallbacks(recipe: Recipe, images: Tensor) -> list[str]:
+    """What had to be done otherwise than usual with these training images, in words for record and progress."""
+    said = []
+    if len(images) < recipe.batch_size:
+        said.append(f"{len(images)} training images, fewer than batch_size={recipe.batch_size}, form each batch")
+    if all(torch.equal(images[0], image) for image in images):
+        said.append("all training images are equal: scores say how far an image is from that one")
+    return said
