@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous
 QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "preset": {"features": 16}, "out": "results/quickstart"}
 
 #: Options of `bench run` that say where jobs run, not what they are.
-WHERE = ("workers", "devices", "jobs_per_device", "timeout", "retries")
+WHERE = ("executor", "workers", "devices", "jobs_per_device", "timeout", "retries")
 
 
 def ls(options: Any) -> int:
@@ -92,6 +92,7 @@ def run(options: Any) -> int:
     where = Where(**{name: getattr(options, name) for name in WHERE if name != "devices"}, devices=devices)
     from ganomaly_plugin.detectors.base import resolve_device
 
+    where.check_device(experiment.device)
     resolve_device(experiment.device)
     jobs = expand(experiment)
     out = Path(experiment.out)
@@ -116,6 +117,8 @@ def run(options: Any) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: finished jobs are kept; the same command goes on from here", file=sys.stderr)
+        if executor.parting:
+            print(executor.parting, file=sys.stderr)
     tables = write_tables(store)
     print(to_text(tables), end="")
     failed = [record for record in store.records() if record.status == "failed" and record.job in jobs]

@@ -35,11 +35,12 @@ def blobs(n: int, *, channels: int = 1, side: int = 16, seed: int = 0) -> np.nda
 
 @pytest.fixture
 def bench(capsys: pytest.CaptureFixture[str]):
-    """Run `bench` in this process; returns (exit code, stdout, stderr)."""
+    """Run `bench` in this process; returns (exit code, stdout, stderr). Jobs run here too, unless the words say where."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = main([str(word) for word in words])
+        here = words[:1] == ("run",) and not {"--executor", "--workers", "--devices", "--retries", "--timeout"} & set(words)
+        code = main([str(word) for word in (*words, *(("--executor", "inline") if here else ()))])
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
         return code, out, err

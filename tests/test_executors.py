@@ -9,24 +9,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.config import expand
-from ganomaly_plugin.core import Executor, Job
+from ganomaly_plugin.core import Chunk, Executor, Job, Outcome
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
-from ganomaly_plugin.executors.local import LocalExecutor, local_slots
+from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
+from ganomaly_plugin.executors.tries import NODE_TRIES, Tries
 from ganomaly_plugin.runner import Settings, failure, run_chunk
 from ganomaly_plugin.store import Store, read_record
 
 SETTINGS = Settings(device="cpu")
 LOST = functools.partial(failure, settings=SETTINGS)
+Make = Any  # makes an executor from options of `Where`; its `kind` is the executor's name
 
 
 def jobs(*models: str, classes: str = "0") -> list[Job]:
@@ -54,6 +57,7 @@ def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
 
 
 SWEEP = ("run", "--datasets", "digits", "--classes", "0", "--device", "cpu", "--out", "out")
+HERE = ("--executor", "inline")  # where the test is not about workers: to start one takes seconds
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -63,45 +67,74 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("executor", [InlineExecutor(), LocalExecutor([None, None], LOST)], ids=["inline", "local"])
-def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(executor: Executor) -> None:
-    todo = jobs("mean_intensity", "pca", "ae[features=2]", classes="0,1")
-    chunks = [tuple(todo[:3]), *((job,) for job in todo[3:])]
-    run = functools.partial(run_chunk, settings=SETTINGS)
-    outcomes = list(executor.map(run, iter(chunks)))
-    assert sorted(o.record.job.key for o in outcomes) == sorted(job.key for job in todo)
-    for outcome in outcomes:
-        (alone,) = run_chunk((outcome.record.job,), SETTINGS)
-        assert outcome.record.status == "done" and alone.record.metrics == outcome.record.metrics
+KINDS = ["inline", "local"]
 
 
-def test_crashes_and_hangs_cost_one_job_each(folder: Path) -> None:
-    todo = jobs("crashing_detectors:Segfaults", "mean_intensity", "crashing_detectors:Hangs", "pca")
-    executor = LocalExecutor([None], LOST, timeout=15)
-    outcomes = {
-        o.record.job.detector: o.record for o in executor.map(functools.partial(run_chunk, settings=SETTINGS), [tuple(todo)])
-    }
-    assert {name: record.status for name, record in outcomes.items()} == {
-        "crashing_detectors:Segfaults": "failed",
+@pytest.fixture(params=KINDS)
+def make(request: pytest.FixtureRequest, folder: Path) -> Make:
+    """Makes the executor under test, with two places to work where it has places."""
+    kind = request.param
+
+    def executor(**options: Any) -> Executor:
+        places = {"workers": 2} if kind == "local" else {}
+        return make_executor(Where(executor=kind, **places, **options), LOST)
+
+    executor.kind = kind
+    return executor
+
+
+def outcomes_of(executor: Executor, chunks: Iterable[Chunk]) -> dict[str, Outcome]:
+    """Outcomes by job key; each job has one."""
+    found: dict[str, Outcome] = {}
+    for outcome in executor.map(functools.partial(run_chunk, settings=SETTINGS), iter(chunks)):
+        assert outcome.record.job.key not in found
+        found[outcome.record.job.key] = outcome
+    return found
+
+
+def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> None:
+    todo = jobs("mean_intensity", "pca", "ae[features=2]", "faulty_detectors:NanScores", classes="0,1")
+    found = outcomes_of(make(), [tuple(todo[:4]), *((job,) for job in todo[4:])])
+    assert list(found) and found.keys() == {job.key for job in todo}
+    for job in todo:
+        ((here,), there) = run_chunk((job,), SETTINGS), found[job.key].record
+        assert there.status == here.record.status == ("failed" if "Nan" in job.detector else "done")
+        assert there.metrics == here.record.metrics and there.error == here.record.error
+        assert there.environment["command"] == here.record.environment["command"]
+
+
+@pytest.mark.parametrize("make", [kind for kind in KINDS if kind != "inline"], indirect=True)
+def test_a_job_is_blamed_for_what_happens_to_it_alone(make: Make) -> None:
+    """A crash and a hang fail alone; the neighbours in a lost stack, and a job whose worker died once, are run again."""
+    crash, neighbour, hang, once = jobs(
+        "crashing_detectors:Segfaults", "mean_intensity", "crashing_detectors:Hangs", "crashing_detectors:DiesOnce"
+    )
+    found = outcomes_of(make(timeout=10.0, retries=1), [(neighbour, crash), (hang,), (once,)])
+    records = {job.detector: found[job.key].record for job in (crash, neighbour, hang, once)}
+    assert {name.split(":")[-1]: record.status for name, record in records.items()} == {
+        "Segfaults": "failed",
         "mean_intensity": "done",
-        "crashing_detectors:Hangs": "failed",
-        "pca": "done",
+        "Hangs": "failed",
+        "DiesOnce": "done",
     }
-    assert "ended by SIGSEGV" in (outcomes["crashing_detectors:Segfaults"].error or "")
-    assert "--timeout 15 s" in (outcomes["crashing_detectors:Hangs"].error or "")
+    assert "SIGSEGV" in (records[crash.detector].error or "") and "(try 2)" in (records[crash.detector].error or "")
+    assert "--timeout 10 s" in (records[hang.detector].error or "") and "(try" not in (records[hang.detector].error or "")
 
 
-def test_retries_are_for_dead_workers_only(folder: Path, bench) -> None:
-    words = ["run", "--datasets", "digits", "--classes", "0", "--device", "cpu"]
-    code, _, stderr = bench(*words, "--models", "crashing_detectors:DiesOnce", "--retries", 1, "--out", folder / "a")
-    assert code == 0 and "FAILED" not in stderr, stderr
-    code, _, stderr = bench(*words, "--models", "crashing_detectors:Segfaults,pca", "--retries", 1, "--out", folder / "b")
-    assert code == 1 and "ended by SIGSEGV (try 2)" in stderr and "AUROC" in stderr
-    assert Counter(r.status for r in Store(folder / "b").records()) == {"failed": 1, "done": 1}
+def test_a_lost_stack_is_run_again_one_by_one_and_a_lost_machine_is_no_fault() -> None:
+    first, second = jobs("pca", "mean_intensity")
+    tries = Tries(LOST, retries=0)
+    assert tries.settle((first, second), [second], "hung", 1.0, final=True) == ([(second,)], [])
+    for _ in range(NODE_TRIES - 1):
+        assert tries.settle((second,), [second], "its machine was lost", 1.0, node=True) == ([(second,)], [])
+    again, (failed,) = tries.settle((second,), [second], "its machine was lost", 1.0, node=True)
+    assert not again and failed.record.error == f"its machine was lost (try {NODE_TRIES})"
+    again, (failed,) = tries.settle((first,), [first], "it died", 1.0)
+    assert not again and failed.record.error == "it died"
 
 
 def test_two_runners_share_the_work(folder: Path) -> None:
-    runners = [start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-9", cwd=folder) for _ in range(2)]
+    runners = [start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-9", *HERE, cwd=folder) for _ in range(2)]
     outputs = [runner.communicate(timeout=120) for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0], outputs
     assert sorted((folder / "fits").read_text().split(), key=int) == [str(seed) for seed in range(10)]
@@ -109,7 +142,7 @@ def test_two_runners_share_the_work(folder: Path) -> None:
 
 
 def test_a_killed_runner_loses_and_repeats_nothing(folder: Path) -> None:
-    words = (*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-5")
+    words = (*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-5", *HERE)
     first = start(*words, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 2)
     first.kill()
@@ -122,9 +155,9 @@ def test_a_killed_runner_loses_and_repeats_nothing(folder: Path) -> None:
     assert len(pd.read_csv(folder / "out" / "runs.csv")) == 6
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", 2)], ids=["inline", "local"])
-def test_ctrl_c_writes_the_tables_and_leaves_nothing_running(folder: Path, workers: tuple[object, ...]) -> None:
-    runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", *workers, cwd=folder)
+@pytest.mark.parametrize("where", [HERE, ("--workers", 2)], ids=["inline", "local"])
+def test_ctrl_c_writes_the_tables_and_leaves_nothing_running(folder: Path, where: tuple[object, ...]) -> None:
+    runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", *where, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
     runner.send_signal(signal.SIGINT)
     stdout, stderr = runner.communicate(timeout=30)
@@ -178,25 +211,37 @@ def test_slots() -> None:
     assert local_slots(None, 1, 3) == [None] * 3 and local_slots(None, 2, None) == [None] * 2
 
 
+def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [worker_threads(n) for n in (1, 2, 3, 20)] == [None, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [worker_threads(n) for n in (1, 2, 3, 20)] == [None, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 0}, "workers must be at least 1"),
-        ({"retries": -1}, "retries must be at least 0"),
-        ({"timeout": 0.0}, "timeout must be more than 0"),
+        ({"executor": "lokal"}, "--executor must be inline.*got 'lokal'. Did you mean local"),
+        ({"executor": "inline", "timeout": 3.0}, "--timeout is for --executor local.*, not inline"),
+        ({"executor": "inline", "jobs_per_device": 3}, "--jobs-per-device is for --executor local, not inline"),
+        ({"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"retries": -1}, "--retries must be at least 0"),
+        ({"timeout": 0.0}, "--timeout must be more than 0"),
         ({"workers": 2, "jobs_per_device": 2}, "either --workers, or --devices"),
         ({"devices": ("99",)}, "numbers of GPUs"),
     ],
 )
-def test_options_that_cannot_be(options: dict, message: str) -> None:
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Where(**options)
 
 
-def test_the_simplest_executor_is_taken() -> None:
-    assert isinstance(make_executor(Where(), LOST), InlineExecutor)
+def test_a_worker_process_is_the_default() -> None:
     executor = make_executor(Where(timeout=5.0, retries=2), LOST)
-    assert isinstance(executor, LocalExecutor) and executor.slots == [None] and executor.retries == 2
+    assert isinstance(executor, LocalExecutor) and executor.slots == [None] and executor.tries.retries == 2
+    assert isinstance(make_executor(Where(), LOST), LocalExecutor)
+    assert isinstance(make_executor(Where(executor="inline"), LOST), InlineExecutor)
 
 
 def test_a_failed_job_that_is_retried_replaces_its_record(folder: Path, bench) -> None:

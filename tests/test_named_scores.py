@@ -89,6 +89,8 @@ def results(tmp_path_factory):
         "0,1",
         "--steps",
         "3",
+        "--executor",
+        "inline",
     ]
     assert (
         main(

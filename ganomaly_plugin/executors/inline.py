@@ -10,6 +10,8 @@ from ganomaly_plugin.core import Chunk, Outcome
 class InlineExecutor:
     """Runs each chunk here, in order."""
 
+    parting = ""
+
     def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
         """Yield the outcome of each job as it is done."""
         for chunk in chunks:

@@ -14,13 +14,13 @@ from multiprocessing import connection, get_context
 from typing import Any
 
 from ganomaly_plugin.core import Chunk, Job, Outcome
+from ganomaly_plugin.executors.tries import Lost, Tries
 
-#: `lost(job, why, seconds)` makes the outcome of a job that a worker took with it.
-Lost = Callable[[Job, str, float], Outcome]
-
+_READY = "ready"  # a worker's first message
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GRACE = 2.0  # seconds that a worker has to end by itself
 _LOOK = 0.5  # seconds between looks at the clock
+_START = 600.0  # seconds in which a worker must have imported what it needs
 
 
 def local_slots(devices: Iterable[str] | None, per_device: int, workers: int | None) -> list[str | None]:
@@ -30,26 +30,40 @@ def local_slots(devices: Iterable[str] | None, per_device: int, workers: int | N
     return [device for device in devices for _ in range(per_device)]
 
 
+def worker_threads(workers: int) -> int | None:
+    """Threads for each of several workers, so that together they have as many as there are processors; None: as it comes.
+
+    One worker keeps what torch chooses, as a job in the runner's own process does: results depend on it in the last digits.
+    """
+    if workers == 1:
+        return None
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    share = max(1, there // workers)
+    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
+
+
 class LocalExecutor:
     """Runs each chunk in one of several worker processes.
 
     Args:
         slots: As `local_slots` gives them, one a worker.
         lost: Makes the outcome of a job whose worker died or hung.
-        timeout: Seconds that a job may take, the start of its worker included, before the worker is killed; None: as
-            long as it needs.
+        timeout: Seconds that a job may take before its worker is killed, and a chunk for each of its jobs; the start of
+            a worker does not count. None: as long as it needs.
         retries: How many times a job is tried again after its worker died. A job that fails by itself, or takes too
             long, is never tried again.
     """
 
+    parting = ""
+
     def __init__(self, slots: list[str | None], lost: Lost, *, timeout: float | None = None, retries: int = 0) -> None:
-        self.slots, self.lost, self.timeout, self.retries = slots, lost, timeout, retries
-        self._deaths: dict[str, int] = {}  # by job key
+        self.slots, self.timeout, self.tries = slots, timeout, Tries(lost, retries)
 
     def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
         """Yield outcomes as they come; chunks are taken one by one, when a worker is free for them."""
         source, again = iter(chunks), deque[Chunk]()
-        workers = [_Worker(slot, run, self._threads()) for slot in self.slots]
+        workers = [_Worker(slot, run, worker_threads(len(self.slots))) for slot in self.slots]
         try:
             while True:
                 for worker in workers:
@@ -69,35 +83,27 @@ class LocalExecutor:
             for worker in workers:
                 worker.stop()
 
-    def _threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // len(self.slots))
-
     def _look_after(self, worker: _Worker, again: deque[Chunk]) -> Iterator[Outcome]:
-        """The outcome of the job that a dead or hanging worker was at; the jobs behind it go to another one."""
+        """What becomes of the jobs of a dead or hanging worker."""
         if not worker.left:
             return
-        job, seconds = worker.left[0], time.monotonic() - worker.since
-        late = self.timeout is not None and seconds > self.timeout
-        if not late and worker.is_alive():
-            return
+        seconds = time.monotonic() - worker.since
+        late = worker.ready and self.timeout is not None and seconds > self.timeout * len(worker.chunk)
         if late:
             worker.kill()
             why = f"it took longer than --timeout {self.timeout:g} s and was killed"
+        elif not worker.is_alive():
+            why = worker.death()
+        elif not worker.ready and seconds > _START:
+            worker.kill()
+            why = f"its worker process had not started after {_START:g} s"
         else:
-            yield from worker.receive()  # what it sent with its last breath
-            if not worker.left:
-                return
-            job, why = worker.left[0], worker.death()
-        rest = tuple(worker.left)[1:]
+            return
+        yield from worker.receive()  # what it sent with its last breath
+        chunks, failed = self.tries.settle(worker.chunk, worker.left, why, seconds, final=late)
         worker.forget()
-        deaths = self._deaths[job.key] = self._deaths.get(job.key, 0) + 1
-        if not late and deaths <= self.retries:
-            rest = (job, *rest)
-        else:
-            tries = f" (try {deaths})" if deaths > 1 else ""
-            yield self.lost(job, why + tries, seconds)
-        if rest:
-            again.append(rest)
+        again.extend(chunks)
+        yield from failed
 
 
 @dataclass
@@ -106,16 +112,18 @@ class _Worker:
 
     slot: str | None
     run: Callable[[Chunk], Iterable[Outcome]]
-    threads: int
-    left: deque[Job] = field(default_factory=deque)  # of the chunk at hand, in order
-    since: float = 0.0  # when the job at hand began
+    threads: int | None
+    chunk: Chunk = ()
+    left: list[Job] = field(default_factory=list)  # of the chunk at hand
+    since: float = 0.0  # when the chunk at hand began, or the process that is to run it
+    ready: bool = False  # it has imported what it needs
     process: Any = None
     pipe: Any = None
 
     def start(self, chunk: Chunk) -> None:
         if self.process is None or not self.process.is_alive():
             self._spawn()
-        self.left, self.since = deque(chunk), time.monotonic()
+        self.chunk, self.left, self.since = chunk, list(chunk), time.monotonic()
         with contextlib.suppress(OSError):  # it died just now: the executor will see
             self.pipe.send(chunk)
 
@@ -124,7 +132,8 @@ class _Worker:
             self.pipe.close()
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        changed = dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
+        self.ready = False
+        changed = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         if self.slot is not None:
             changed["CUDA_VISIBLE_DEVICES"] = self.slot
         self.process = context.Process(target=serve, args=(theirs, self.run, self.threads, os.getpid()), daemon=True)
@@ -143,9 +152,11 @@ class _Worker:
                 message = self.pipe.recv()
             except (EOFError, OSError):
                 return
-            self.left.remove(message.record.job)
-            self.since = time.monotonic()
-            yield message
+            if message == _READY:
+                self.ready, self.since = True, time.monotonic()
+            else:
+                self.left.remove(message.record.job)
+                yield message
 
     def _has_message(self) -> bool:
         try:
@@ -187,14 +198,16 @@ class _Worker:
             self.process.join(_GRACE)
 
 
-def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int, parent: int) -> None:
+def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | None, parent: int) -> None:
     """A worker's life: take a chunk, send its outcomes, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which decides about its workers
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    import torch
+    if threads is not None:
+        import torch
 
-    torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
     try:
+        pipe.send(_READY)
         while True:
             for outcome in run(pipe.recv()):
                 pipe.send(outcome)
