@@ -104,6 +104,17 @@ def _add_stats(parser: Any) -> None:
     parser.add_argument("--baseline", type=str, help="compare every detector with this one only, as tables call it")
 
 
+def _add_plot(parser: Any) -> None:
+    parser.add_argument("kind", type=str, help="roc, pr, histograms, bars, losses, speed, samples, epochs, critical-difference")
+    parser.add_argument("results", type=str, help="results folder")
+    parser.add_argument("--out", type=str, required=True, help="file to write: .pdf, .svg or .png")
+    parser.add_argument("--width", type=float, default=3.3, help="in inches (default: one column of a two-column paper)")
+    parser.add_argument("--detectors", type=names, default=[], help="only these, by name or as tables call them")
+    parser.add_argument("--classes", type=names, default=[], help="only these")
+    parser.add_argument("--datasets", type=names, default=[], help="only these, by name or as tables call them")
+    parser.add_argument("--protocols", type=names, default=[], help="only these")
+
+
 def _add_merge(parser: Any) -> None:
     parser.add_argument("results", nargs="+", type=str, help="results folders")
     parser.add_argument("--out", type=str, required=True, help="results folder to write; may be one of them")
@@ -159,6 +170,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "run": (_add_run, "run a sweep of models × data sets × classes × seeds and write its tables"),
     "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
     "stats": (_add_stats, "print intervals and significance tests, or why the results are too few for them"),
+    "plot": (_add_plot, "draw a figure of a results folder for a paper: PDF, SVG or PNG"),
     "merge": (_add_merge, "make one results folder out of several, where their rows compare"),
     "diff": (_add_diff, "say how two results folders differ, and why"),
     "ls": (_add_ls, "list detectors, data sets and protocols"),

@@ -155,6 +155,13 @@ def stats(options: Any) -> int:
     return print_stats(options)
 
 
+def plot(options: Any) -> int:
+    """Draw a figure of a results folder."""
+    from ganomaly_plugin.report.commands import plot as draw
+
+    return draw(options)
+
+
 def merge(options: Any) -> int:
     """Make one results folder out of several, and write its tables."""
     from ganomaly_plugin.combine import merge as merge_folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.core import RunRecord
@@ -67,4 +68,25 @@ def stats(options: Any) -> int:
         print(comparison_text(comparison))
     for protocol, tested, why in over_data_sets(results.tables((options.metric,))):
         print(friedman_text(protocol, tested, why))
+    return 0
+
+
+def plot(options: Any) -> int:
+    """Draw one figure of a results folder to a file; its caption, and its numbers where it has a table, go to stdout."""
+    from ganomaly_plugin.report.figures import figure_kind
+    from ganomaly_plugin.report.figures.style import PAPER, Canvas, check_target, save, styled
+    from ganomaly_plugin.report.groups import groups
+
+    kind, out = figure_kind(options.kind), Path(options.out)
+    check_target(out)
+    if not 1 <= options.width <= 30:
+        raise InvalidInput(f"width must lie between 1 and 30 inches, got {options.width:g}.")
+    results = Results(options.results)
+    finished(results.store)
+    filters = {name: getattr(options, name) for name in ("detectors", "classes", "datasets", "protocols")}
+    with styled(PAPER):
+        drawing = kind.draw(groups(results, **filters), Canvas(options.width))
+        save(drawing.figure, out)
+    print(drawing.caption, *([drawing.table] if drawing.table else []), sep="\n\n")
+    print(f"figure in {out}", file=sys.stderr)
     return 0

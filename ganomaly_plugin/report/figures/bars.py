@@ -1,0 +1,73 @@
+"""One bar a class and detector, its length the mean AUROC over seeds, its whisker the standard deviation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.figures.legend import clip, drawn
+from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
+from ganomaly_plugin.report.groups import Group
+from ganomaly_plugin.report.tables import MEAN
+
+THINNEST = 0.055  # inches a bar; with less the bars lie on their side, and the figure grows downwards
+TALLEST = 9.0  # inches
+
+
+def bars(group: Group, canvas: Canvas) -> Drawing:
+    """Bars of the best detectors, upright where they fit the width, else on their side.
+
+    Raises:
+        InvalidInput: There are too many classes for one figure.
+    """
+    chosen, note = drawn(group)
+    slots = len(group.table.columns) * (len(chosen) + 1)
+    upright = slots * THINNEST <= canvas.width - 0.6
+    length = slots * max(THINNEST, 0.075) + 0.8
+    if not upright and length > TALLEST:
+        raise InvalidInput(
+            f"{len(group.table.columns) - 1} classes × {len(chosen)} detectors make {slots} bars, too many for one figure. "
+            "Name some with --classes or --detectors."
+        )
+    figure = new_figure(canvas.width, 2.4 if upright else length)
+    axes = figure.subplots()
+    names = group.names()
+    thick = 1 / (len(chosen) + 1)
+    place = np.arange(len(group.table.columns), dtype=float)
+    place[-1] += 0.35  # the mean stands apart
+    for k, name in enumerate(chosen):
+        cells = [group.table.cells[name][column] for column in group.table.columns]
+        means = [cell.mean for cell in cells]
+        spread = [0 if math.isnan(cell.std) else cell.std for cell in cells]
+        at = place + (k - (len(chosen) - 1) / 2) * thick
+        style: Any = {"color": canvas.theme.colours[group.colour(name) % DRAWN], "label": clip(names[name])}
+        whisker: Any = {"ecolor": canvas.theme.ink, "elinewidth": 0.6, "capsize": 0}
+        if upright:
+            axes.bar(at, means, thick * 0.9, yerr=spread, error_kw=whisker, **style)
+        else:
+            axes.barh(at, means, thick * 0.9, xerr=spread, error_kw=whisker, **style)
+    _axes(axes, upright, place, [*group.table.columns[:-1], MEAN], canvas)
+    figure.legend(loc="outside upper left", ncols=max(1, round(canvas.width / 1.65)), handlelength=1)
+    seeds = group.table.seeds
+    over = f"mean over {seeds} seeds, whiskers one standard deviation" if seeds > 1 else "one seed, so no whiskers"
+    return Drawing(figure, f"AUROC by class on {group.title}: {over}; dotted: chance. {note}".strip())
+
+
+def _axes(axes: object, upright: bool, place: np.ndarray, columns: list[str], canvas: Canvas) -> None:
+    texts = [clip(column, 18) for column in columns]
+    dotted = {"color": canvas.theme.muted, "linewidth": 0.8, "linestyle": (0, (1, 2))}
+    if upright:
+        axes.set_xticks(place, texts, rotation=0 if sum(map(len, texts)) < 12 * canvas.width else 60)  # type: ignore[attr-defined]
+        axes.set(ylim=(0, 1), ylabel="AUROC", xlim=(-0.5, place[-1] + 0.5))  # type: ignore[attr-defined]
+        axes.grid(visible=False, axis="x")  # type: ignore[attr-defined]
+        axes.axhline(0.5, **dotted)  # type: ignore[attr-defined]
+        axes.tick_params(axis="x", length=0)  # type: ignore[attr-defined]
+    else:
+        axes.set_yticks(place, texts)  # type: ignore[attr-defined]
+        axes.set(xlim=(0, 1), xlabel="AUROC", ylim=(place[-1] + 0.5, -0.5))  # type: ignore[attr-defined]
+        axes.grid(visible=False, axis="y")  # type: ignore[attr-defined]
+        axes.axvline(0.5, **dotted)  # type: ignore[attr-defined]
+        axes.tick_params(axis="y", length=0)  # type: ignore[attr-defined]

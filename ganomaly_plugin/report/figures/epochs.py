@@ -1,0 +1,122 @@
+"""What choosing the epoch on the test set is worth: the test AUROC by epoch, the last epoch against the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.figures.legend import clip, line_style, marker_style
+from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
+from ganomaly_plugin.report.groups import Group
+from ganomaly_plugin.report.writers import markdown_escape
+
+_KEY = "oracle_auroc"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One detector on one data set: means over its jobs.
+
+    Attributes:
+        dataset: The data set.
+        detector: The detector's label.
+        last: AUROC of the last epoch: the result.
+        best: AUROC of each job's best test epoch: an oracle, no result.
+        by_epoch: AUROC after each epoch.
+        jobs: How many jobs.
+    """
+
+    dataset: str
+    detector: str
+    last: float
+    best: float
+    by_epoch: np.ndarray
+    jobs: int
+
+    @property
+    def gain(self) -> float:
+        """What the choice of the epoch on the test set adds."""
+        return self.best - self.last
+
+
+def choices(group: Group) -> list[Choice]:
+    """A row for each detector whose jobs noted the test AUROC after every epoch, all of the same number of epochs."""
+    found = []
+    for name in group.table.rows:
+        jobs = [record for record in group.jobs(name) if record.history and all(_KEY in epoch for epoch in record.history)]
+        if not jobs or len(jobs) < len(group.jobs(name)) or len({len(record.history) for record in jobs}) > 1:
+            continue
+        curves = np.array([[epoch[_KEY] for epoch in record.history] for record in jobs])
+        last = float(np.mean([record.metrics["auroc"] for record in jobs]))
+        found.append(Choice(group.dataset, name, last, float(curves.max(axis=1).mean()), curves.mean(axis=0), len(jobs)))
+    return found
+
+
+def epochs(groups: Sequence[Group], canvas: Canvas) -> Drawing:
+    """A panel for each data set: AUROC by epoch, the last epoch as a point, the mean of the best test epochs as a line.
+
+    Raises:
+        InvalidInput: No job noted its test AUROC after every epoch.
+    """
+    found = [(group, choices(group)) for group in groups]
+    found = [(group, made[:DRAWN]) for group, made in found if made]
+    if not found:
+        raise InvalidInput(
+            "No job here noted its test AUROC after every epoch: only the protocol one-anomalous/paper-v1 does. "
+            "Run with --protocols one-anomalous/paper-v1."
+        )
+    lines = max(len(made) for _, made in found)
+    figure = new_figure(canvas.width, len(found) * (1.65 + 0.15 * lines))
+    for axes, (group, made) in zip(figure.subplots(len(found), 1, squeeze=False).flat, found, strict=True):
+        _panel(axes, group, made, canvas)
+    figure.supxlabel("epoch", fontsize=8)
+    caption = (
+        "Test AUROC after each epoch, mean over jobs; the point: the last epoch, which is the result; the level line at the "
+        "right: the mean of each job's best test epoch, an oracle and no result."
+    )
+    return Drawing(figure, caption, table([choice for _, made in found for choice in made]))
+
+
+def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    names = group.names(choice.detector for choice in made)
+    for choice in made:
+        style, n = line_style(group, choice.detector, canvas.theme), len(choice.by_epoch)
+        text = f"{choice.last:.3f} / {choice.best:.3f}  {clip(names[choice.detector])}"
+        axes.plot(np.arange(1, n + 1), choice.by_epoch, label=text, **style)  # type: ignore[attr-defined]
+        axes.plot(n, choice.last, linestyle="", **marker_style(group, choice.detector, canvas.theme))  # type: ignore[attr-defined]
+        axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)  # type: ignore[attr-defined]
+    low = min(float(choice.by_epoch[len(choice.by_epoch) // 3 :].min()) for choice in made)
+    high = max(choice.best for choice in made)
+    pad = 0.12 * (high - low) or 0.01
+    axes.set_ylim(low - pad, high + pad)  # type: ignore[attr-defined]
+    axes.set(ylabel="test AUROC")  # type: ignore[attr-defined]
+    longest = max(len(choice.by_epoch) for choice in made)
+    axes.set_xticks([at for at in MaxNLocator(6, integer=True).tick_values(1, longest) if 1 <= at <= longest])  # type: ignore[attr-defined]
+    key = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), alignment="left", title=_panel_title(group))  # type: ignore[attr-defined]
+    key.get_title().set_fontsize(8)
+
+
+def _panel_title(group: Group) -> str:
+    classes, seeds = len(group.table.columns) - 1, group.table.seeds
+    over = f"{classes} class{'es' * (classes > 1)} × {seeds} seed{'s' * (seeds > 1)}"
+    return f"{clip(group.dataset, 34)}\n{over}: last / best test epoch"
+
+
+def table(made: Sequence[Choice]) -> str:
+    """The numbers of the figure as Markdown."""
+    lines = [
+        "| data set | detector | jobs | last epoch | best test epoch (oracle) | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for choice in made:
+        texts = [markdown_escape(choice.dataset), markdown_escape(choice.detector), str(choice.jobs)]
+        numbers = [choice.last, choice.best]
+        texts += ["–" if math.isnan(value) else f"{value:.3f}" for value in numbers] + [f"{choice.gain:+.3f}"]
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,54 @@
+"""Which detectors a figure shows, how each looks in all figures of a group, and the key that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ganomaly_plugin.report.figures.style import DASHES, DRAWN, MARKERS, Theme
+from ganomaly_plugin.report.groups import Group
+
+
+def drawn(group: Group, most: int = DRAWN) -> tuple[tuple[str, ...], str]:
+    """The detectors to draw, the best first, and what a caption must say of them and of their short names."""
+    return group.detectors[:most], remark(group, len(group.detectors), most)
+
+
+def remark(group: Group, n: int, most: int) -> str:
+    """What a caption says when only the first `most` of `n` detectors are drawn, and of the names that the key shortens."""
+    cut = f"The {most} with the highest mean AUROC of {n} detectors." if n > most else ""
+    return f"{cut} {group.common}".strip()
+
+
+def line_style(group: Group, detector: str, theme: Theme) -> dict[str, Any]:
+    """Colour and dashes of a detector's line."""
+    k = group.colour(detector)
+    return {"color": theme.colours[k % DRAWN], "linestyle": DASHES[k % DRAWN]}
+
+
+def marker_style(group: Group, detector: str, theme: Theme) -> dict[str, Any]:
+    """Colour and shape of a detector's points."""
+    k = group.colour(detector)
+    return {"color": theme.colours[k % DRAWN], "marker": MARKERS[k % DRAWN]}
+
+
+def clip(text: str, most: int = 34) -> str:
+    """`text`, its middle left out when it is long."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"
+
+
+def key(
+    axes: Any, group: Group, detectors: Sequence[str], theme: Theme, title: str, *, values: Mapping[str, float] | None = None
+) -> None:
+    """A legend below, of detectors with a number each (default: the mean AUROC); those that lack jobs say how many."""
+    from matplotlib.lines import Line2D
+
+    names = group.names()
+    handles, texts = [], []
+    for name in detectors:
+        value = group.mean(name) if values is None else values[name]
+        missing = group.missing(name)
+        texts.append(f"{value:.3f}  {clip(names[name])}" + (f" ({missing} jobs missing)" if missing else ""))
+        handles.append(Line2D([], [], **line_style(group, name, theme)))
+    made = axes.figure.legend(handles, texts, title=title, alignment="left", loc="outside lower left")
+    made.get_title().set_fontsize(7)

@@ -1,0 +1,82 @@
+"""Training losses by epoch, one panel a detector."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.figures.legend import clip, remark
+from ganomaly_plugin.report.figures.style import DASHES, DRAWN, Canvas, Drawing, log_axis, new_figure
+from ganomaly_plugin.report.groups import Group
+
+NOT_LOSSES = ("oracle_auroc",)
+PANELS = 12
+
+
+def loss_curves(group: Group, detector: str) -> dict[str, np.ndarray]:
+    """For each loss `(3, epochs)`: the mean over the detector's jobs, the least and the largest; NaN where it has none."""
+    histories = [record.history for record in group.jobs(detector)]
+    names = dict.fromkeys(name for history in histories for epoch in history for name in epoch if name not in NOT_LOSSES)
+    length = max((len(history) for history in histories), default=0)
+    found = {}
+    for name in names:
+        grid = np.full((len(histories), length), np.nan)
+        for k, history in enumerate(histories):
+            grid[k, : len(history)] = [epoch.get(name, math.nan) for epoch in history]
+        there = ~np.isnan(grid).all(axis=0)
+        curve = np.full((3, length), np.nan)
+        curve[:, there] = [np.nanmean(grid[:, there], 0), np.nanmin(grid[:, there], 0), np.nanmax(grid[:, there], 0)]
+        found[name] = curve
+    return found
+
+
+def losing(group: Group) -> list[str]:
+    """The detectors whose jobs recorded losses, the best first."""
+    return [
+        name
+        for name in group.detectors
+        if any(set(epoch) - set(NOT_LOSSES) for record in group.jobs(name) for epoch in record.history)
+    ]
+
+
+def losses(group: Group, canvas: Canvas) -> Drawing:
+    """A panel for each of the best detectors that train.
+
+    Raises:
+        InvalidInput: None of them recorded a loss.
+    """
+    there = losing(group)
+    if not there:
+        raise InvalidInput(f"No job on {group.title} recorded a loss: none of its detectors trains in epochs.")
+    return _draw(group, there[:PANELS], canvas, remark(group, len(there), PANELS))
+
+
+def loss(group: Group, detector: str, canvas: Canvas) -> Drawing:
+    """One detector's panel, for a page."""
+    return _draw(group, [detector], canvas, "")
+
+
+def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Drawing:
+    columns = max(1, min(len(detectors), int(canvas.width / 3.2)))
+    rows = math.ceil(len(detectors) / columns)
+    figure = new_figure(canvas.width, rows * 1.75 + 0.25)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    names = group.names()
+    for axes, detector in zip(grid.flat, detectors, strict=False):
+        curves = loss_curves(group, detector)
+        for k, (name, (mean, low, high)) in enumerate(curves.items()):
+            colour, epoch = canvas.theme.colours[k % DRAWN], np.arange(1, len(mean) + 1)
+            axes.fill_between(epoch, low, high, color=colour, alpha=0.15, linewidth=0)
+            marker = "o" if len(mean) == 1 else ""
+            axes.plot(epoch, mean, color=colour, linestyle=DASHES[k % DRAWN], marker=marker, label=name)
+        if all(np.nanmin(curve) > 0 for curve in curves.values()):
+            log_axis(axes.yaxis)
+        axes.set_title(clip(names[detector], 40), loc="left")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handlelength=1.8)
+    for axes in grid.flat[len(detectors) :]:
+        axes.set_visible(False)
+    figure.supxlabel("epoch", fontsize=7)
+    return Drawing(figure, f"Training losses on {group.title}: mean over jobs, shaded from least to largest. {note}".strip())

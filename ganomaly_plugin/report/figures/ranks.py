@@ -1,0 +1,72 @@
+"""The critical-difference diagram: average ranks over data sets, and which of them Nemenyi's test cannot tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.comparisons import over_data_sets
+from ganomaly_plugin.report.figures.legend import clip
+from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
+from ganomaly_plugin.report.groups import Group, short_names
+from ganomaly_plugin.report.statistics import Friedman
+
+MOST = 20  # detectors that one diagram holds
+
+
+def critical_difference(groups: Sequence[Group], canvas: Canvas) -> Drawing:
+    """The diagram of all groups' data sets, which must be of one protocol.
+
+    Raises:
+        InvalidInput: There are too few data sets or detectors for Friedman's test, or several protocols.
+    """
+    tested = list(over_data_sets([group.table for group in groups]))
+    if len(tested) > 1:
+        raise InvalidInput(
+            f"Results of several protocols have no ranks in common: {', '.join(each[0] for each in tested)}. "
+            "Name one with --protocols."
+        )
+    ((protocol, found, why),) = tested
+    if found is None:
+        raise InvalidInput(f"No critical-difference diagram: {why}")
+    return draw(found, protocol, canvas)
+
+
+def draw(found: Friedman, protocol: str, canvas: Canvas) -> Drawing:
+    """The diagram of a test."""
+    try:
+        from scikit_posthocs import critical_difference_diagram
+    except ImportError as error:
+        raise InvalidInput("The diagram is drawn by scikit-posthocs: pip install 'ganomaly-plugin[stats]'.") from error
+    if len(found.ranks) > MOST:
+        raise InvalidInput(f"A diagram of {len(found.ranks)} detectors is not readable. Name up to {MOST} with --detectors.")
+    short = short_names(list(found.ranks))
+    names = [clip(short[name], 22) for name in found.ranks]
+    if len(set(names)) < len(names):
+        names = list(found.ranks)
+    figure = new_figure(canvas.width, 0.75 + 0.17 * len(names))
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    ink = canvas.theme.ink
+    critical_difference_diagram(
+        dict(zip(names, found.ranks.values(), strict=True)),
+        pd.DataFrame(found.p_pairs, names, names),
+        cd=found.critical_difference,
+        ax=axes,
+        label_fmt_left="{label} ({rank:.2f})",
+        label_fmt_right="({rank:.2f}) {label}",
+        label_props={"fontsize": 7},
+        elbow_props={"linewidth": 0.8},
+        color_palette=[ink] * len(names),
+        marker_props={"s": 10},
+        crossbar_props={"color": canvas.theme.colours[0], "linewidth": 2.2},
+        text_h_margin=0.05,
+    )
+    axes.spines["top"].set_visible(True)
+    caption = (
+        f"Average ranks over {found.n} data sets, {protocol}, 1 the best; bars join what Nemenyi's test does not tell apart at "
+        f"0.05 (critical difference {found.critical_difference:.2f}; Friedman's test: p = {found.p:.4f})."
+    )
+    return Drawing(figure, caption)

@@ -1,0 +1,173 @@
+"""What one table is made of, for figures and reports: the records of one data set and protocol, and their arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.report.frame import split_category
+from ganomaly_plugin.report.measures import measured_frame
+from ganomaly_plugin.report.results import Results
+from ganomaly_plugin.report.tables import MEAN, Table, describe_data, make_tables
+from ganomaly_plugin.selection import Selection, parse_selection, show
+
+
+@dataclass(frozen=True)
+class Group:
+    """The records that may stand in one table.
+
+    Attributes:
+        dataset: The data set, with the options that differ from plain.
+        protocol: Protocol id.
+        where: The data set's plain name, its options and its sampling, the latter two as JSON.
+        records: All of them, failed ones too.
+        table: Their AUROCs.
+        results: The folder they are of.
+    """
+
+    dataset: str
+    protocol: str
+    where: tuple[str, str, str]
+    records: tuple[RunRecord, ...]
+    table: Table
+    results: Results
+
+    @property
+    def title(self) -> str:
+        """How headings call it."""
+        return f"{self.dataset}, {self.protocol}"
+
+    @functools.cached_property
+    def detectors(self) -> tuple[str, ...]:
+        """Those with a finished job, the highest mean AUROC first."""
+        return tuple(sorted((name for name in self.table.rows if self.jobs(name)), key=lambda name: (-self.mean(name), name)))
+
+    def jobs(self, detector: str) -> list[RunRecord]:
+        """The finished jobs of a detector, by class and seed as tables order them."""
+        order = {name: k for k, name in enumerate(self.table.columns)}
+        mine = [r for r in self.records if r.status == "done" and label(r) == detector]
+        return sorted(mine, key=lambda record: (order[class_of(record)], record.job.seed))
+
+    def mean(self, detector: str) -> float:
+        """The table's mean AUROC, or that of the finished jobs where some are missing."""
+        cell = self.table.cells[detector][MEAN]
+        return cell.mean if cell.complete else float(np.mean([record.metrics["auroc"] for record in self.jobs(detector)]))
+
+    def missing(self, detector: str) -> int:
+        """How many jobs a full row of the table would have more."""
+        return sum(cell.wanted - cell.n for name, cell in self.table.cells[detector].items() if name != MEAN)
+
+    def arrays(self, record: RunRecord) -> Mapping[str, np.ndarray]:
+        """Scores of a finished job, as `Store.scores` gives them."""
+        return self.results.store.scores(record.job)
+
+    def names(self, detectors: Iterable[str] | None = None) -> dict[str, str]:
+        """Short names for legends, without the options that tell none of the detectors apart."""
+        return short_names(self.table.rows if detectors is None else list(detectors))
+
+    @functools.cached_property
+    def common(self) -> str:
+        """A sentence on what short names leave out, or nothing."""
+        shared = shared_options(self.table.rows)
+        return f"Short names leave out {show('', shared)[1:-1].replace(',', ', ')}." if shared else ""
+
+    def colour(self, detector: str) -> int:
+        """The number of its colour: the same in all figures of the group."""
+        return self.detectors.index(detector)
+
+
+def label(record: RunRecord) -> str:
+    """How tables call the record's detector."""
+    return record.job.label or record.job.detector
+
+
+def class_of(record: RunRecord) -> str:
+    """How tables call the record's class."""
+    return split_category(record.job)[1]
+
+
+def shared_options(detectors: Iterable[str]) -> dict[str, Any]:
+    """Options that several detectors have with one value, and none of the same name lacks: they tell nobody apart."""
+    parsed = [parse_selection(name, "model") for name in detectors]
+    carriers: dict[str, list[Selection]] = {}
+    for selection in parsed:
+        for option in selection.options:
+            carriers.setdefault(option, []).append(selection)
+    found = {}
+    for option, those in carriers.items():
+        bare = {selection.name for selection in those}
+        lacking = any(selection.name in bare and option not in selection.options for selection in parsed)
+        if len(those) > 1 and not lacking and all(each.options[option] == those[0].options[option] for each in those):
+            found[option] = those[0].options[option]
+    return found
+
+
+def short_names(detectors: Sequence[str]) -> dict[str, str]:
+    """Names without `shared_options`: `ganomaly[batchnorm=batch]`."""
+    shared = shared_options(detectors)
+    found = {}
+    for name in detectors:
+        selection = parse_selection(name, "model")
+        found[name] = show(selection.name, {k: v for k, v in selection.options.items() if k not in shared})
+    return found
+
+
+def groups(
+    results: Results,
+    *,
+    datasets: Sequence[str] = (),
+    protocols: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> list[Group]:
+    """The groups of a results folder that have a finished job, of the named data sets, protocols, detectors and classes.
+
+    A detector goes by the name that tables have for it, or by the part before the bracket.
+
+    Raises:
+        InvalidInput: A name is not there, or nothing is left of all together.
+    """
+    records = results.records
+    names = sorted({label(record) for record in records})
+    bare = {name.split("[")[0] for name in names}
+    _check("detector", detectors, {*names, *bare})
+    _check("class", classes, {class_of(record) for record in records})
+    _check("protocol", protocols, {record.job.protocol for record in records})
+
+    def chosen(record: RunRecord) -> bool:
+        name, part = label(record), class_of(record)
+        wanted = not detectors or name in detectors or name.split("[")[0] in detectors
+        return wanted and (not classes or part in classes) and (not protocols or record.job.protocol in protocols)
+
+    made = list(_groups(results, chosen))
+    _check("data set", datasets, {each for group in made for each in (group.dataset, group.where[0])})
+    made = [g for g in made if not datasets or g.dataset in datasets or g.where[0] in datasets]
+    made = [group for group in made if group.detectors]
+    if not made:
+        raise InvalidInput(
+            f"{results.store.folder} has no finished job of these names. Leave out a filter; bench tables shows all."
+        )
+    return made
+
+
+def _check(kind: str, wanted: Sequence[str], known: Iterable[str]) -> None:
+    there = set(known)
+    for name in wanted:
+        if name not in there:
+            raise unknown(kind, name, there)
+
+
+def _groups(results: Results, chosen: Callable[[RunRecord], bool]) -> Iterable[Group]:
+    for (dataset, data, protocol, sampling), records in results.groups():
+        mine = [record for record in records if chosen(record)]
+        if mine:
+            table = make_tables(measured_frame(results.store, mine, ("auroc",)), ("auroc",))[0]
+            yield Group(
+                describe_data(dataset, data, sampling), protocol, (dataset, data, sampling), tuple(mine), table, results
+            )

@@ -1,0 +1,205 @@
+"""`bench plot`: every figure in every format, what the curves are by hand, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+from test_measures import fill, outcome
+from test_results import failed
+from test_statistics import DEMSAR, NAMES
+
+from ganomaly_plugin import load_results
+from ganomaly_plugin.core import Outcome
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.figures import FIGURES
+from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
+from ganomaly_plugin.report.figures.epochs import choices
+from ganomaly_plugin.report.figures.histograms import binned
+from ganomaly_plugin.report.figures.losses import loss_curves
+from ganomaly_plugin.report.figures.ranks import draw
+from ganomaly_plugin.report.figures.sheets import FRAME, sheets
+from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, styled
+from ganomaly_plugin.report.groups import groups, short_names
+from ganomaly_plugin.report.statistics import friedman
+
+
+def with_images(made: Outcome) -> Outcome:
+    """The outcome with sample images: two of each kind, grey, with a reconstruction."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(made.arrays["score"])
+    position = np.r_[order[-2:], order[:2], order[:2], order[-2:]]
+    pictures = rng.integers(0, 256, (8, 1, 8, 8), dtype=np.uint8)
+    images = {"position": position, "kind": np.repeat(np.arange(4), 2), "input": pictures, "reconstruction": pictures // 2}
+    return replace(made, images={**images, "map": pictures[:, 0], "map_scale": np.array(1.0)})
+
+
+def with_oracle(made: Outcome, *aurocs: float) -> Outcome:
+    record = replace(
+        made.record,
+        history=[{"loss": 1.0, "oracle_auroc": value} for value in aurocs],
+        metrics={**made.record.metrics, "auroc": aurocs[-1], "auroc_oracle": max(aurocs)},
+    )
+    return replace(made, record=record)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    made = [
+        with_oracle(outcome(d, str(c), s, shift=x), 0.5, 0.9, 0.8)
+        for d, x in (("a[features=16]", 0.5), ("b$x$[features=16]", 2))
+        for c in range(3)
+        for s in (0, 1)
+    ]
+    return fill(tmp_path / "out", [*map(with_images, made), failed("c")]).folder
+
+
+def test_every_figure_in_every_format(sweep: Path, bench, tmp_path: Path) -> None:
+    for kind in FIGURES:
+        if kind == "critical-difference":
+            continue
+        forms = FORMS if kind == "bars" else ("svg",)
+        for form in forms:
+            code, out, err = bench("plot", kind, sweep, "--out", tmp_path / f"{kind}.{form}")
+            assert code == 0 and out.strip() and f"{kind}.{form}" in err, err
+    svg = (tmp_path / "bars.svg").read_bytes()
+    assert bench("plot", "bars", sweep, "--out", tmp_path / "again.svg")[0] == 0
+    assert (tmp_path / "again.svg").read_bytes() == svg  # the same records, the same bytes
+    pdf = (tmp_path / "bars.pdf").read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # fonts are embedded, as TrueType
+    width = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1])
+    assert width / 72 == pytest.approx(3.3, abs=0.01)
+    assert bench("plot", "bars", sweep, "--out", tmp_path / "again.pdf")[0] == 0
+    assert (tmp_path / "again.pdf").read_bytes() == pdf
+
+
+FORMS = ("pdf", "svg", "png")
+
+
+def test_the_area_under_a_mean_curve_is_the_mean_area() -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.3):
+        truth = rng.random(4000) < share
+        score = np.round(rng.normal(truth, 1), 2)  # with ties
+        assert np.trapezoid(roc_at(truth, score), GRID) == pytest.approx(roc_auc_score(truth, score), abs=0.002)
+        area = precision_at(truth, score)[1:].mean()
+        assert area == pytest.approx(average_precision_score(truth, score), abs=0.02)
+    truth, score = np.array([False, True, False, True]), np.array([0.0, 1.0, 2.0, 3.0])
+    assert roc_at(truth, score)[[0, 49, 50, 100]].tolist() == [0.5, 0.5, 1, 1]
+    assert roc_at(truth, np.zeros(4))[[0, 50, 100]].tolist() == [0, 0.5, 1]
+    assert precision_at(truth, score)[[0, 50, 51, 100]].tolist() == [1, 1, 2 / 3, 2 / 3]
+
+
+def test_histograms_lose_no_image() -> None:
+    rng = np.random.default_rng(0)
+    edges, normal, anomalous = binned(rng.normal(size=500), np.r_[rng.normal(3, 1, 99), 1e6])
+    assert normal.sum() == pytest.approx(1) and anomalous.sum() == pytest.approx(1) and edges[-1] < 10
+    assert binned(np.zeros(5), np.zeros(5))[1].sum() == 1
+
+
+def test_short_names_keep_what_tells_detectors_apart() -> None:
+    names = ["ganomaly[batchnorm=batch,features=16]", "ganomaly[features=16]", "vae[features=16]", "knn[standardise=false]"]
+    assert list(short_names(names).values()) == ["ganomaly[batchnorm=batch]", "ganomaly", "vae", "knn[standardise=false]"]
+    names = ["pca", "pca[standardise=false]", "knn[standardise=false]"]
+    assert list(short_names(names).values()) == names
+
+
+def test_epoch_choice_by_hand(tmp_path: Path, bench) -> None:
+    made = [with_oracle(outcome("a", "0"), 0.5, 0.9, 0.8), with_oracle(outcome("a", "1"), 0.7, 0.6, 0.7)]
+    store = fill(tmp_path / "out", made)
+    (group,) = groups(load_results(store.folder))
+    (choice,) = choices(group)
+    assert (choice.last, choice.best, choice.jobs) == (pytest.approx(0.75), pytest.approx(0.8), 2)
+    np.testing.assert_allclose(choice.by_epoch, [0.6, 0.75, 0.75])
+    _, out, _ = bench("plot", "epochs", store.folder, "--out", tmp_path / "e.svg")
+    assert "| 2 | 0.750 | 0.800 | +0.050 |" in out
+    plain = fill(tmp_path / "plain", [outcome("a")]).folder
+    code, _, err = bench("plot", "epochs", plain, "--out", tmp_path / "e.svg")
+    assert code == 2 and "No job here noted" in err
+
+
+def test_losses_of_stages_and_of_unequal_length(tmp_path: Path) -> None:
+    one = outcome("a", "0")
+    made = [
+        replace(one, record=replace(one.record, history=[{"gan": 2.0}, {"gan": 1.0}, {"encoder": 0.5}])),
+        outcome("a", "1"),  # {"loss": ...} for five epochs
+    ]
+    (group,) = groups(load_results(fill(tmp_path / "out", made).folder))
+    curves = loss_curves(group, "a")
+    assert {name: int((~np.isnan(each[0])).sum()) for name, each in curves.items()} == {"gan": 2, "encoder": 1, "loss": 5}
+    assert curves["gan"][:, 0].tolist() == [2, 2, 2]
+
+
+def test_sheets_show_truth_and_score(sweep: Path) -> None:
+    (group,) = groups(load_results(sweep))
+    record = group.jobs(group.detectors[0])[0]
+    made = sheets(group, record)
+    arrays = group.arrays(record)
+    assert [sheet.kind for sheet in made] == ["most anomalous", "least anomalous", "missed anomalies", "false alarms"]
+    assert made[0].score.max() == arrays["score"].max() and made[0].rows == ("input", "reconstruction", "map")
+    assert made[0].pixels.shape == (3 * (8 + FRAME) + FRAME, 2 * (8 + FRAME) + FRAME, 3)
+
+
+def test_critical_difference_of_demsars_example(tmp_path: Path, bench) -> None:
+    pytest.importorskip("scikit_posthocs")
+    with styled(PAPER):
+        drawing = draw(friedman(NAMES, DEMSAR, ties=False), "p", Canvas())
+        texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert "C4.5+m+cf (1.96)" in texts and "(3.14) C4.5" in texts and "CD = 1.3" in texts
+    made = [outcome(d, "0", dataset=f"set{k}", shift=x) for d, x in (("a", 0), ("b", 2), ("c", 4)) for k in range(8)]
+    store = fill(tmp_path / "out", made)
+    code, out, _ = bench("plot", "critical-difference", store.folder, "--out", tmp_path / "cd.svg")
+    assert code == 0 and "over 8 data sets" in out
+    code, _, err = bench("plot", "critical-difference", store.folder, "--out", tmp_path / "no.svg", "--datasets", "set0,set1")
+    assert code == 2 and "got 3 on 2" in err and not (tmp_path / "no.svg").exists()
+
+
+def test_what_plots_refuse(sweep: Path, bench, tmp_path: Path) -> None:
+    out = tmp_path / "x.pdf"
+    for words, text in (
+        (("rocc", sweep, "--out", out), "Did you mean 'roc'?"),
+        (("roc", sweep, "--out", tmp_path / "x.gif"), "ends in .pdf, .svg or .png"),
+        (("roc", sweep, "--out", tmp_path / "no" / "x.pdf"), "There is no folder"),
+        (("roc", sweep, "--out", out, "--detectors", "ab"), "Unknown detector 'ab'"),
+        (("roc", sweep, "--out", out, "--classes", "7"), "Unknown class '7'"),
+        (("roc", sweep, "--out", out, "--width", 0), "width must lie"),
+        (("roc", sweep, "--out", out, "--detectors", "c"), "no finished job of these names"),
+        (("roc", tmp_path, "--out", out), "not a results folder"),
+    ):
+        code, _, err = bench("plot", *words)
+        assert code == 2 and text in err, err
+    mixed = fill(tmp_path / "mixed", [outcome("a"), outcome("a", protocol="one-anomalous/strict-v1")]).folder
+    code, _, err = bench("plot", "roc", mixed, "--out", out)
+    assert code == 2 and "--protocols" in err
+    assert bench("plot", "roc", mixed, "--out", out, "--protocols", "one-anomalous/strict-v1")[0] == 0
+    code, _, err = bench("plot", "samples", mixed, "--out", out, "--protocols", "one-anomalous/strict-v1")
+    assert code == 2 and "kept sample images" in err
+
+
+def test_plots_of_hardly_any_and_of_very_many(tmp_path: Path) -> None:
+    one = fill(tmp_path / "one", [outcome("a")]).folder
+    many = fill(tmp_path / "many", [outcome(f"d{k:02}") for k in range(60)]).folder
+    holes = fill(tmp_path / "holes", [outcome("a", "0"), outcome("a", "1"), outcome("b", "0"), failed("b", "1")]).folder
+    with styled(PAPER):
+        for folder, text in ((one, ""), (many, "of 60 detectors"), (holes, "")):
+            there = groups(load_results(folder))
+            for kind in ("roc", "pr", "bars", "histograms", "losses", "speed"):
+                drawing = FIGURES[kind].draw(there, Canvas())
+                assert text in drawing.caption
+                if folder == holes and kind == "roc":
+                    texts = " ".join(each.get_text() for each in drawing.figure.legends[0].get_texts())
+                    assert texts.count("jobs missing") == 1 and "b (1 jobs missing)" in texts
+        wide = fill(tmp_path / "wide", [outcome(d, str(c), n=9) for d in "ab" for c in range(60)])
+        with pytest.raises(InvalidInput, match="too many for one figure"):
+            FIGURES["bars"].draw(groups(load_results(wide.folder)), Canvas())
+
+
+def test_colours_stand_out_on_white() -> None:
+    for colour in (*COLOURS, PAPER.normal, PAPER.anomalous):
+        channels = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        assert 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05) >= 3, colour
