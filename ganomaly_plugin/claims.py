@@ -90,7 +90,7 @@ class Claims:
         except (ValueError, KeyError, TypeError):
             return age > HEARTBEAT  # written in part by a runner that died; a living one needs no time for this
         if host == self._me["host"]:
-            return not _is_alive(pid)
+            return not is_alive(pid)
         return age > EXPIRY
 
     def _now(self) -> float:
@@ -110,7 +110,8 @@ class Claims:
                         os.utime(path)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process `pid` on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

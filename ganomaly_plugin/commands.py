@@ -81,7 +81,7 @@ def run(options: Any) -> int:
     """Run a sweep: 0 all done, 1 a job failed, 130 interrupted; tables on stdout, progress on stderr."""
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.executors.choose import Where, make_executor
-    from ganomaly_plugin.progress import elapsed, follow
+    from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.writers import to_text, write_tables
     from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.store import Store
@@ -105,12 +105,15 @@ def run(options: Any) -> int:
     print(f"{note} → {out}", file=sys.stderr)
     if plan.failed:
         print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
-    settings = Settings(device=experiment.device, data_root=experiment.data_root)
+    status = status_folder(out)
+    told = None if status is None else str(status)
+    settings = Settings(device=experiment.device, data_root=experiment.data_root, status=told)
     executor = make_executor(where, functools.partial(failure, settings=settings))
     interrupted = False
     try:
-        with contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings))) as records:
-            for record in follow(records, len(plan.missing)):
+        records = contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings)))
+        with records as arriving, following(plan, status) as shown:
+            for record in shown.follow(arriving):
                 if options.fail_fast and record.status == "failed":
                     print("stopped at the first failure, as --fail-fast says", file=sys.stderr)
                     break

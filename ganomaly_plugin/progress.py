@@ -1,13 +1,20 @@
-"""Progress of a sweep on stderr: a live bar on a terminal, one plain line a job anywhere else."""
+"""Progress of a sweep on stderr: a live table on a terminal (see `live`), one plain line a job anywhere else."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from ganomaly_plugin.core import RunRecord
+
+if TYPE_CHECKING:
+    from ganomaly_plugin.runner import Plan
+
+STATUS_FOLDER = "running"  # in a results folder, while somebody watches
 
 
 def describe(record: RunRecord) -> str:
@@ -21,38 +28,52 @@ def describe(record: RunRecord) -> str:
     return "; ".join([f"{where}: AUROC {record.metrics['auroc']:.3f} ({seconds:.1f} s)", *said])
 
 
-def follow(records: Iterable[RunRecord], total: int, stream: TextIO | None = None) -> Iterator[RunRecord]:
-    """Yield `records`, showing each on `stream` (stderr) as it comes; `total` of them are expected."""
-    stream = stream or sys.stderr
-    return _bar(records, total, stream) if stream.isatty() else _lines(records, total, stream)
-
-
-def _lines(records: Iterable[RunRecord], total: int, stream: TextIO) -> Iterator[RunRecord]:
-    for count, record in enumerate(records, 1):
-        print(f"[{count}/{total}] {describe(record)}", file=stream, flush=True)
-        yield record
-
-
-def _bar(records: Iterable[RunRecord], total: int, stream: TextIO) -> Iterator[RunRecord]:
+def status_folder(out: Path, stream: TextIO | None = None) -> Path | None:
+    """Where running jobs shall tell how far they are: below `out` when `stream` (stderr) is a terminal, else nowhere."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        task = progress.add_task("jobs", total=total)
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    watched = stream.isatty() and console.is_interactive and not console.options.ascii_only  # dumb ones cannot redraw
+    return out.resolve() / STATUS_FOLDER if watched else None
+
+
+@contextlib.contextmanager
+def following(plan: Plan, folder: Path | None) -> Iterator[Follower]:
+    """Show the sweep `plan` on stderr: live where `folder` (of `status_folder`) is given, else in lines."""
+    if folder is None:
+        yield Lines(len(plan.missing))
+        return
+    from ganomaly_plugin.live import live
+
+    with live(plan, folder) as shown:
+        yield shown
+
+
+class Follower:
+    """Is told of each record as it comes."""
+
+    def add(self, record: RunRecord) -> None:
+        """Show `record`."""
+        raise NotImplementedError
+
+    def follow(self, records: Iterable[RunRecord]) -> Iterator[RunRecord]:
+        """Yield `records`, each shown before."""
         for record in records:
-            style = "red" if record.status == "failed" else "default"
-            progress.console.print(f"[{style}]{escape(describe(record))}[/{style}]", highlight=False)
-            progress.advance(task)
+            self.add(record)
             yield record
+
+
+class Lines(Follower):
+    """One plain line a job, for logs."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.total, self.count, self.stream = total, 0, stream or sys.stderr
+
+    def add(self, record: RunRecord) -> None:
+        """Print a line."""
+        self.count += 1
+        print(f"[{self.count}/{self.total}] {describe(record)}", file=self.stream, flush=True)
 
 
 def elapsed(began: float) -> str:

@@ -23,6 +23,7 @@ from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.samples import sample
+from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
 
 _LOOK_AGAIN = 1.0  # seconds between looks at jobs that another sweep is at
@@ -35,6 +36,7 @@ class Settings:
 
     device: str = "auto"
     data_root: str | None = None
+    status: str | None = None  # folder where running jobs tell how far they are; None: nobody watches
 
 
 def seed_everything(job: Job) -> None:
@@ -49,7 +51,8 @@ def run_job(job: Job, settings: Settings) -> Outcome:
     """Run one job from data to record; an error becomes a failed record."""
     began = time.perf_counter()
     try:
-        return _run(job, settings)
+        with JobStatus(settings.status, job) as status:
+            return _run(job, settings, status)
     except Exception as error:  # a detector may raise anything, and the sweep goes on
         trace = None if isinstance(error, BenchError) else traceback.format_exc()
         return failure(job, one_line(error), time.perf_counter() - began, settings, trace)
@@ -81,7 +84,7 @@ def _device_name(device: str) -> str:
         return device
 
 
-def _run(job: Job, settings: Settings) -> Outcome:
+def _run(job: Job, settings: Settings, status: JobStatus) -> Outcome:
     seed_everything(job)
     device = str(resolve_device(settings.device))
     dataset = load_dataset(job.dataset, root=settings.data_root, **job.data)
@@ -92,7 +95,8 @@ def _run(job: Job, settings: Settings) -> Outcome:
 
     began = time.perf_counter()
     budget = {"epochs": job.epochs} if job.steps is None else {"steps": job.steps}
-    detector.fit(dataset.images[split.train], seed=job.seed, device=device, on_epoch=oracle, **budget)
+    status.images = len(split.train)
+    detector.fit(dataset.images[split.train], seed=job.seed, device=device, on_epoch=status.hook(oracle), **budget)
     fit_seconds = time.perf_counter() - began - (oracle.seconds if oracle else 0.0)
     began = time.perf_counter()
     score = check_scores(detector.score(test), len(test), job.label or job.detector)

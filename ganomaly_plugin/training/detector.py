@@ -85,7 +85,7 @@ class RecipeDetector(BaseDetector):
             stop = judge is not None and judge.after_epoch(epoch, trainer)
             self.history_.append(losses if judge is None else {**losses, "validation": judge.values[-1]})
             if on_epoch is not None:
-                if recipe.calibrates:
+                if recipe.calibrates and getattr(on_epoch, "scores", True):  # who only counts epochs needs no calibration
                     calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
                 on_epoch(epoch, self)
             return stop
