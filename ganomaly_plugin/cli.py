@@ -152,15 +152,22 @@ def _add_verify(parser: Any) -> None:
 
 
 def _add_speed(parser: Any) -> None:
+    parser.add_argument("--models", type=listed, default=["ganomaly"], help="detectors: ganomaly,ae,vae[latent_dim=2]")
+    parser.add_argument("--trainers", type=names, default=["plain"], help="trainers, side by side")
+    parser.add_argument(
+        "--peers", type=names, default=["authors"], help="authors, anomalib or none: GANomaly as others have it"
+    )
+    parser.add_argument("--measure", type=names, default=["training", "scoring"], help="what to time: training, scoring")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once, for trainers that train several")
     parser.add_argument("--image_size", "--image-size", type=int, default=32, help="side in pixels")
     parser.add_argument("--channels", type=int, default=1, help="1 or 3")
     parser.add_argument("--features", type=int, default=64, help="width of the networks")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images in a step")
-    parser.add_argument("--score", type=listed, help="time scoring of these detectors instead; ratios are to the first")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images in a step, of each model")
+    parser.add_argument("--precision", type=str, help="float32, tf32 or bf16, of training (default: float32)")
     parser.add_argument("--images", type=int, default=1000, help="how many images to score")
-    parser.add_argument("--dataset", type=str, help="score images of this data set (default: random pixels)")
+    parser.add_argument("--dataset", type=str, help="images of this data set (default: random pixels)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each kind; the median counts")
+    parser.add_argument("--repeats", type=int, default=15, help="turns that count; their median is the figure")
     parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", type=str, default=None, help="also write the figures to this CSV file")
 
@@ -177,7 +184,10 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
-    "speed": (_add_speed, "time a training step beside the authors' form of it, or scoring"),
+    "speed": (
+        _add_speed,
+        "time training and scoring beside peers, and count memory and FLOPs",
+    ),
     "sys-info": (_add_sys_info, "print versions, hardware and commit, for a bug report"),
 }
 

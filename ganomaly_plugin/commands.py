@@ -269,7 +269,7 @@ def verify(options: Any) -> int:
 
 
 def speed(options: Any) -> int:
-    """Time a training step in the authors' form and in ours, side by side."""
-    from ganomaly_plugin.speed import run_speed
+    """Time training and scoring, side by side with peers."""
+    from ganomaly_plugin.speed.command import run_speed
 
     return run_speed(options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ganomaly_plugin.networks import check_square
 
 Networks: TypeAlias = Mapping[str, nn.Module]
 Tensors: TypeAlias = Mapping[str, Tensor]
+Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Recipe(ABC):
         criterion: What "normal-val" goes by, lower is better: a loss that the method logs, such as "generator" or
             "encoder", or "stability" of the held-out images' ranking from epoch to epoch.
         patience: "normal-val" stops after so many epochs without a better one.
+        precision: The arithmetic of training. "float32", as IEEE has it; "tf32", which rounds the factors of convolutions
+            and matrix products to 10 bits on GPUs that can, and is float32 elsewhere; or "bf16", in which the networks
+            run in bfloat16 while weights, losses, BatchNorm statistics and optimiser stay float32. Scores are always
+            computed in float32.
     """
 
     batch_size: int = 64
@@ -93,6 +98,7 @@ class Recipe(ABC):
     val_share: float = field(default=0.1, kw_only=True, metadata={"late": True})
     criterion: str = field(default="generator", kw_only=True, metadata={"late": True})
     patience: int = field(default=10, kw_only=True, metadata={"late": True})
+    precision: Precision = field(default="float32", kw_only=True, metadata={"late": True})
 
     default_epochs: ClassVar[int] = 15
     #: The budget in steps of a method that has no published epochs; it comes before `default_epochs`.
@@ -116,6 +122,8 @@ class Recipe(ABC):
         if not 0 < self.val_share < 1:
             raise InvalidInput(f"val_share must lie between 0 and 1, got {self.val_share}.")
         at_least(patience=(self.patience, 1))
+        if self.precision not in get_args(Precision):
+            raise InvalidInput(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InvalidInput(f"ema_decay must lie in [0, 1), or be None for no averaging, got {self.ema_decay}.")
 

@@ -5,34 +5,100 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
+import torch
+
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.speed import timing, work
+from ganomaly_plugin.speed.timing import time_in_turns
+from ganomaly_plugin.speed.trainers import Setting, plain, steps_in_cycle
+from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
+
+CPU = torch.device("cpu")
 
 
-def test_training_step_beside_the_authors_form(bench, tmp_path: Path) -> None:
-    words = ["--image-size", 16, "--features", 2, "--batch-size", 4, "--repeats", 5, "--out", tmp_path / "speed.csv"]
-    code, out, _ = bench("speed", *words)
-    assert code == 0 and "ratio plain / authors' form" in out
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
+    monkeypatch.setitem(work.SIDES, "cpu", 64)
+
+
+def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
+    words = ["--models", "ganomaly,ae,f_anogan,pca", "--peers", "authors,anomalib", "--measure", "training"]
+    words += ["--image-size", 32, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
+    code, out, _ = bench("speed", *words, "--out", tmp_path / "speed.csv")
+    assert code == 0 and "plain: time per image" in out and "pca has no training steps" in out
     rows = pd.read_csv(tmp_path / "speed.csv")
-    assert list(rows["step"]) == ["authors' form", "plain"] and (rows["median_s"] > 0).all()
-    assert rows["ratio_to_authors"][0] == 1 and rows["hardware"].str.contains("threads").all()
+    assert list(rows["trainer"]) == ["authors' form", "anomalib Engine", *["plain"] * 4]
+    assert rows["detector"].str.extract(r"(, \w+)$")[0].dropna().tolist() == [", wgan", ", encoder"]
+    assert (rows["images_per_second"] > 0).all() and (rows["turns"] == 5).all() and (rows["peak_memory_mib"] > 0).all()
+    assert rows["time_ratio_to_first"][0] == 1 and rows["hardware"].str.contains("threads").all()
+    assert rows["mflop_per_image"][0] > rows["mflop_per_image"][2] and (rows["share_of_ceiling"] > 0).all()
 
 
 def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:
-    models = "ganomaly[features=2],anogan[features=2,search_steps=3],mean_intensity"
-    words = [
-        "--score",
-        models,
-        "--images",
-        20,
-        "--dataset",
-        "digits",
-        "--image-size",
-        16,
-        "--repeats",
-        5,
-        "--out",
-        tmp_path / "score.csv",
-    ]
+    words = ["--models", "ganomaly,anogan[search_steps=3],mean_intensity", "--measure", "scoring", "--features", 2]
+    words += ["--images", 20, "--dataset", "digits", "--image-size", 16, "--repeats", 5, "--out", tmp_path / "score.csv"]
     code, out, _ = bench("speed", *words)
     assert code == 0 and "anogan[features=2,search_steps=3]" in out
     rows = pd.read_csv(tmp_path / "score.csv")
-    assert len(rows) == 3 and (rows["images_per_second"] > 0).all() and rows["time_ratio_to_first"][0] == 1
+    assert len(rows) == 3 and (rows["latency_ms"] > 0).all() and rows["time_ratio_to_first"][0] == 1
+    assert rows["mflop_per_image"][1] > rows["mflop_per_image"][0] and rows["mflop_per_image"].isna()[2]
+
+
+def test_flops_by_hand() -> None:
+    product, flops = matmul(CPU, torch.float32, side=8)
+    assert count_flops(product) == flops == 2 * 8**3
+    x, weight = torch.ones(3, 2, 8, 8), torch.ones(5, 2, 4, 4, requires_grad=True)
+    convolution = 2 * 3 * 5 * 4 * 4 * 2 * 4 * 4  # images × outputs × map × inputs × kernel, twice
+
+    def forward_and_backward() -> None:
+        torch.nn.functional.conv2d(x, weight, stride=2, padding=1).sum().backward()
+
+    assert count_flops(forward_and_backward) == 2 * convolution  # x needs no gradient
+
+
+def test_peak_memory_by_hand() -> None:
+    def task() -> torch.Tensor:
+        a = torch.zeros(250_000)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert peak_memory(task, CPU) == pytest.approx(2e6, rel=1e-3)
+
+
+def test_turns_are_fair() -> None:
+    calls: list[str] = []
+    tasks = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = time_in_turns(tasks, CPU, repeats=6)
+    after = "".join(calls)[2 * timing.WARM_UP :]
+    a, b = (timings[name].burst for name in "ab")
+    assert after == ("a" * a + "b" * b) * 6 and timings["a"].repeats == 6
+    assert timings["a"].fastest <= timings["a"].median <= timings["a"].slowest
+
+
+def test_the_plain_step_is_a_training_step() -> None:
+    recipe = GanomalyRecipe(features=2, latent_dim=4, batch_size=4)
+    images = torch.randint(0, 256, (10, 1, 16, 16), dtype=torch.uint8)
+    prepared = plain(recipe, recipe.stages[0], Setting(images, CPU))
+    assert prepared.images == 4 * steps_in_cycle(recipe.stages[0]) == 4 and prepared.models == 1
+    assert count_flops(prepared.step) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainers", "plane"], "Did you mean 'plain'"),
+        (["--peers", "anomaly"], "Did you mean 'anomalib'"),
+        (["--peers", "none,authors"], "none stands alone"),
+        (["--models", "ae"], "no GANomaly is timed"),
+        (["--measure", "train"], "Did you mean 'training'"),
+        (["--precision", "fp16"], "precision must be"),
+        (["--jobs", 0], "jobs must be at least 1"),
+        (["--out", "nowhere/speed.csv"], "There is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_timed_is_an_error(bench, words: list[object], message: str) -> None:
+    code, _, err = bench("speed", *words)
+    assert code == 2 and message in err

@@ -11,7 +11,7 @@ import torch
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import CorruptFile, InvalidInput
-from ganomaly_plugin.speed import AuthorsStep
+from ganomaly_plugin.speed.authors import AuthorsStep
 from ganomaly_plugin.training.plain import build_networks
 from ganomaly_plugin.training.scoring import scoring_mode
 from ganomaly_plugin.verify import LOSSES, verify

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
+from anomalib.engine import Engine
 from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,15 +20,15 @@ class ImagesInMemory(LightningDataModule):
 
     Args:
         images: Checked images `(n, c, h, w)`.
-        batch_size: Images in a training step; a last shorter batch is trained on, as in anomalib.
+        batch_size: Images in a training step; a last shorter batch is trained on, as in anomalib, unless `drop_last`.
     """
 
     name = "images"
     category = ""
 
-    def __init__(self, images: Tensor, batch_size: int) -> None:
+    def __init__(self, images: Tensor, batch_size: int, *, drop_last: bool = False) -> None:
         super().__init__()
-        self.images = images
+        self.images, self.drop_last = images, drop_last
         self.train_batch_size = self.eval_batch_size = batch_size
 
     def train_dataloader(self) -> Any:
@@ -40,11 +41,26 @@ class ImagesInMemory(LightningDataModule):
 
     def _loader(self, *, shuffle: bool) -> Any:
         rows: Any = range(len(self.images))
-        return DataLoader(rows, self.train_batch_size, shuffle=shuffle, num_workers=0, collate_fn=self._batch)
+        cut = shuffle and self.drop_last
+        return DataLoader(rows, self.train_batch_size, shuffle, num_workers=0, collate_fn=self._batch, drop_last=cut)
 
     def _batch(self, rows: list[int]) -> ImageBatch:
         images = as_photographs(self.images[torch.tensor(rows)])
         return ImageBatch(image=images, gt_label=torch.zeros(len(rows), dtype=torch.long))
+
+
+def make_engine(device: torch.device, folder: str, callbacks: list[Callback], **options: Any) -> Any:
+    """Anomalib's Engine on `device`, writing into `folder`, without validation or output; `options` are the Trainer's."""
+    place = {"accelerator": "cpu"} if device.type == "cpu" else {"accelerator": "gpu", "devices": [device.index or 0]}
+    return Engine(
+        callbacks=callbacks,
+        default_root_dir=folder,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **place,
+        **options,
+    )
 
 
 class AfterEpoch(Callback):

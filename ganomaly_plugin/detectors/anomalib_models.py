@@ -79,24 +79,14 @@ class AnomalibDetector(BaseDetector):
         return {name: _plain(value) for name, value in {**own, **ours}.items()}
 
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
-        from anomalib.engine import Engine
-
-        from ganomaly_plugin.detectors.anomalib_data import AfterEpoch, ImagesInMemory
+        from ganomaly_plugin.detectors.anomalib_data import AfterEpoch, ImagesInMemory, make_engine
 
         self.history_: list[dict[str, float]] = []
         self.device_ = device
         with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors():
             self.model_ = self._build()
-            place = {"accelerator": "cpu"} if device.type == "cpu" else {"accelerator": "gpu", "devices": [device.index or 0]}
-            engine = Engine(
-                callbacks=[AfterEpoch(self, on_epoch if self.has_epochs else None)],
-                default_root_dir=folder,
-                max_epochs=epochs or self.default_epochs,
-                limit_val_batches=0,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **place,
-            )
+            after_epoch = AfterEpoch(self, on_epoch if self.has_epochs else None)
+            engine = make_engine(device, folder, [after_epoch], max_epochs=epochs or self.default_epochs)
             data: Any = ImagesInMemory(images, self.batch_size)
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()

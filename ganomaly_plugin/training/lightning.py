@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 PRECISION = "32-true"
 _UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
 _OWN_KEY = "ganomaly_plugin"
-#: Recipe fields that are no init arguments: the data module decides on the batches, Lightning's callbacks on the epoch.
-HIDDEN = ("batch_size", "select", "val_share", "criterion", "patience")
+#: Recipe fields that are no init arguments: the data module decides on the batches, Lightning's callbacks on the epoch,
+#: its Trainer on the precision.
+HIDDEN = ("batch_size", "select", "val_share", "criterion", "patience", "precision")
 
 
 def with_plain_weights(networks: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ganomaly_plugin.errors import Diverged
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput
+from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, Tensors
+from ganomaly_plugin.training.precision import networks_in, precision
 
 
 def build_networks(recipe: Recipe, chw: tuple[int, int, int], seed: int) -> dict[str, nn.Module]:
@@ -76,6 +77,7 @@ class PlainTrainer:
         self.recipe = recipe
         self.device = device
         self.networks = {name: to_device(net, device) for name, net in networks.items()}
+        self._called = networks_in(recipe.precision, self.networks)
         self.rng = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._average = make_average(recipe, self.networks) if average is None else average
@@ -98,10 +100,17 @@ class PlainTrainer:
         self._train_mode()
         self.stage_steps += 1
         self.steps += 1
+        with precision(self.recipe.precision):
+            earlier = self._run_phases(x, draws)
+        if self._average is not None:
+            self._average.update_parameters(nn.ModuleDict(self.networks))
+        return {name: value.detach() for name, value in earlier.items() if value.ndim == 0}
+
+    def _run_phases(self, x: Tensor, draws: Tensors) -> dict[str, Tensor]:
         earlier: dict[str, Tensor] = {}
         due = [entry for entry in self._phases if self.stage_steps % entry[0].every == 0]
         for phase, parameters, optimiser in due:
-            loss, computed = phase.loss(self.networks, StepInput(x, draws, earlier))
+            loss, computed = phase.loss(self._called, StepInput(x, draws, earlier))
             more = phase is not due[-1][0]
             gradients = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -110,9 +119,7 @@ class PlainTrainer:
             earlier.update(computed)
             if phase.redraw_below is not None and loss.item() < phase.redraw_below:
                 self._redraw(phase)
-        if self._average is not None:
-            self._average.update_parameters(nn.ModuleDict(self.networks))
-        return {name: value.detach() for name, value in earlier.items() if value.ndim == 0}
+        return earlier
 
     def scoring_networks(self) -> Networks:
         """The networks to score with: the averaged ones when the recipe averages, else those in training."""

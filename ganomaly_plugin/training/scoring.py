@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.plain import resident
+from ganomaly_plugin.training.precision import precision
 
 SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch
 
@@ -33,18 +34,20 @@ def in_chunks(
 
 @contextmanager
 def scoring_mode(networks: Networks, batchnorm: str) -> Iterator[None]:
-    """Evaluation mode; with `batchnorm="batch"` BatchNorm uses, but does not remember, the batch's statistics."""
+    """Evaluation mode, float32; with `batchnorm="batch"` BatchNorm uses, but does not remember, the batch's statistics."""
     norms = [m for net in networks.values() for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for network in networks.values():
         network.eval()
     if batchnorm == "running":
-        yield
+        with precision("float32"):
+            yield
         return
     for norm in norms:
         norm.train()
         norm.track_running_stats = False
     try:
-        yield
+        with precision("float32"):
+            yield
     finally:
         for norm in norms:
             norm.eval()

@@ -1,0 +1,214 @@
+"""The `bench speed` command: time, print the tables with their ratios, and write the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.hparams import default_hparams
+from ganomaly_plugin.provenance import cpu_name, versions
+from ganomaly_plugin.recipe import Precision
+from ganomaly_plugin.registry import resolve
+from ganomaly_plugin.selection import Selection, parse_selection
+from ganomaly_plugin.speed.measure import Row, recipe_of, time_scoring, time_training
+from ganomaly_plugin.speed.peers import PEERS
+from ganomaly_plugin.speed.timing import WARM_UP
+from ganomaly_plugin.speed.trainers import TRAINERS, Setting
+from ganomaly_plugin.store import atomic_write
+
+MEASURES = ("training", "scoring")
+_MEBI = 2**20
+_HEAD = ("", "images/s", "ms", "fastest–slowest", "time", "latency ms", "MiB", "parameters", "MFLOP/image", "of ceiling")
+
+
+def run_speed(options: Any) -> int:
+    """Time what `options` name, print it, and write `options.out`."""
+    _check(options)
+    device = resolve_device(options.device)
+    selections = [_completed(parse_selection(item, "model"), options) for item in options.models]
+    images = _images(options)
+    setting = Setting(torch.from_numpy(images), device, options.jobs)
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    shape = "×".join(map(str, images.shape[1:]))
+    print(f"{shape}, {options.dataset or 'random pixels'}, on {hardware}, torch {versions()['torch']}")
+    print(f"medians of {options.repeats} turns, after {WARM_UP} calls to warm up", flush=True)
+    rows: list[Row] = []
+    if "training" in options.measure:
+        for selection in selections:
+            if recipe_of(selection) is None:
+                print(f"{selection.name} has no training steps: only its scoring is timed")
+        peers = [] if options.peers == ["none"] else options.peers
+        peer_precision: Precision = (
+            "float32" if options.precision in (None, "float32") else "tf32"
+        )  # the nearest that they know
+        training = time_training(
+            selections, options.trainers, peers, setting, repeats=options.repeats, peer_precision=peer_precision
+        )
+        print("\n".join(["", "training", *_table(training)]), flush=True)
+        rows += training
+    if "scoring" in options.measure:
+        scoring = time_scoring(selections, images[: options.images], device, repeats=options.repeats)
+        print("\n".join(["", f"scoring {len(images[: options.images])} images", *_table(scoring)]))
+        rows += scoring
+    if options.out:
+        common = {"shape": shape, "pixels": options.dataset or "random", "hardware": hardware, "device": device.type}
+        common |= {name: versions().get(name, "") for name in ("ganomaly-plugin", "torch", "anomalib")}
+        atomic_write(Path(options.out), _csv(rows, common).encode())
+    return 0
+
+
+def _check(options: Any) -> None:
+    for name, smallest in (("repeats", 5), ("images", 1), ("jobs", 1), ("batch_size", 1)):
+        value = getattr(options, name)
+        if value < smallest:
+            why = " for a median" if name == "repeats" else ""
+            raise InvalidInput(f"{name} must be at least {smallest}{why}, got {value}.")
+    for kind, given, known in (
+        ("trainer", options.trainers, TRAINERS),
+        ("peer", options.peers, (*PEERS, "none")),
+        ("measure", options.measure, MEASURES),
+    ):
+        for name in given:
+            if name not in known:
+                raise unknown(kind, name, known)
+    if options.peers != ["none"] and "none" in options.peers:
+        raise InvalidInput("--peers none stands alone.")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise InvalidInput(
+            f"There is no folder {Path(options.out).parent} to write {Path(options.out).name} into. Make it first."
+        )
+
+
+def _completed(selection: Selection, options: Any) -> Selection:
+    """`selection` with the command's width, batch size and precision where the detector has them and does not say itself."""
+    known = default_hparams(resolve("detector", selection.name))
+    shared = {name: getattr(options, name) for name in ("features", "batch_size", "precision")}
+    given = {name: value for name, value in shared.items() if value is not None and name in known and value != known[name]}
+    return Selection(selection.name, {**given, **selection.options})
+
+
+def _images(options: Any) -> np.ndarray:
+    """Enough images for an epoch of many batches, and for scoring."""
+    count = max(options.images, 64 * options.batch_size)
+    if options.dataset:
+        dataset = load_dataset(options.dataset, root=options.data_root, image_size=options.image_size)
+        return np.ascontiguousarray(dataset.images[:count])
+    shape = (count, options.channels, options.image_size, options.image_size)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def figures(row: Row, first: Row) -> dict[str, str]:
+    """The row's figures as they are written to the CSV; ratios are of times per image, to the first row of the detector."""
+    timing, latency = row.timing, row.latency
+
+    def ms(seconds: float) -> str:
+        return f"{seconds * 1e3:.4f}"
+
+    return {
+        "what": row.what,
+        "detector": row.detector,
+        "trainer": row.trainer,
+        "precision": row.precision,
+        "models": str(row.models),
+        "images_per_second": f"{row.images_per_second:.3f}",
+        "time_ratio_to_first": f"{first.images_per_second / row.images_per_second:.4f}",
+        "median_ms": ms(timing.median),
+        "fastest_ms": ms(timing.fastest),
+        "slowest_ms": ms(timing.slowest),
+        "images_per_call": str(row.images),
+        "turns": str(timing.repeats),
+        "calls_per_turn": str(timing.burst),
+        "latency_ms": ms(latency.median) if latency else "",
+        "peak_memory_mib": f"{row.peak_memory / _MEBI:.1f}",
+        "parameters": str(row.parameters),
+        "mflop_per_image": f"{row.flops / 1e6:.3f}" if row.flops is not None else "",
+        "gflop_per_second": f"{row.flops * row.images_per_second / 1e9:.2f}" if row.flops is not None else "",
+        "ceiling_gflop_per_second": f"{row.ceiling / 1e9:.2f}" if row.ceiling else "",
+        "share_of_ceiling": f"{row.share:.4f}" if row.share is not None else "",
+    }
+
+
+def _firsts(rows: Sequence[Row]) -> list[Row]:
+    """For each row what its ratio is to: of training the first row of its detector, of scoring the first row of all."""
+    return [next(r for r in rows if r.what == "scoring" or r.detector == row.detector) for row in rows]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    head = [
+        "",
+        "images/s",
+        "ms a call",
+        "fastest–slowest",
+        "time",
+        "latency ms",
+        "MiB",
+        "parameters",
+        "MFLOP/image",
+        "of ceiling",
+    ]
+    lines = [head]
+    for row, first in zip(rows, _firsts(rows), strict=True):
+        its = figures(row, first)
+        span = f"{row.timing.fastest * 1e3:.2f}–{row.timing.slowest * 1e3:.2f}"
+        share = f"{row.share:.1%}" if row.share is not None else ""
+        latency = f"{row.latency.median * 1e3:.2f}" if row.latency else ""
+        work = f"{row.flops / 1e6:.1f}" if row.flops is not None else ""
+        lines.append(
+            [
+                _name(row),
+                f"{row.images_per_second:.1f}",
+                f"{row.timing.median * 1e3:.2f}",
+                span,
+                f"×{first.images_per_second / row.images_per_second:.2f}",
+                latency,
+                its["peak_memory_mib"],
+                f"{row.parameters:,}",
+                work,
+                share,
+            ]
+        )
+    widths = [max(len(line[k]) for line in lines) for k in range(len(_HEAD))]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    ceilings = {f"{row.ceiling / 1e9:.0f} GFLOP/s in {row.precision}" for row in rows if row.ceiling}
+    return [*text, *(f"ceiling: {line}" for line in sorted(ceilings)), *_ratios(rows)]
+
+
+def _ratios(rows: Sequence[Row]) -> list[str]:
+    """Time per image of each row against every row before it of the same detector, where there are more than two."""
+    lines = []
+    for k, row in enumerate(rows):
+        before = [other for other in rows[:k] if row.what == "training" and other.detector == row.detector]
+        if len(before) > 1:
+            parts = [f"{other.images_per_second / row.images_per_second:.2f} of {other.trainer}" for other in before]
+            lines.append(f"{row.detector}, {row.trainer}: time per image {', '.join(parts)}")
+    return lines
+
+
+def _name(row: Row) -> str:
+    models = f" × {row.models}" if row.models > 1 else ""
+    return f"{row.detector}, {row.trainer}{models}, {row.precision}" if row.trainer else row.detector
+
+
+def _csv(rows: Sequence[Row], common: dict[str, str]) -> str:
+    text = io.StringIO()
+    lines = [{**figures(row, first), **common} for group in MEASURES for row, first in _pairs(rows, group)]
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _pairs(rows: Sequence[Row], what: str) -> list[tuple[Row, Row]]:
+    chosen = [row for row in rows if row.what == what]
+    return list(zip(chosen, _firsts(chosen), strict=True))

@@ -1,0 +1,221 @@
+"""The rows of `bench speed`: every trainer of every detector and the peers, then scoring, each set timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.recipe import Precision, Recipe
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.selection import Selection, show
+from ganomaly_plugin.speed.peers import AnomalibEngine, authors
+from ganomaly_plugin.speed.timing import Task, Timing, time_in_turns
+from ganomaly_plugin.speed.trainers import TRAINERS, Prepared, Setting, plain
+from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
+from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.precision import precision
+
+PATIENCE = 30.0  # seconds of scoring after which a detector is not timed again
+CHUNK = 64  # images whose scoring memory is measured
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was timed, and the figures. Times are of one step, or of scoring all images."""
+
+    what: str  # "training" or "scoring"
+    detector: str
+    trainer: str  # who trains; for scoring empty
+    precision: str
+    models: int  # trained at once
+    images: int  # of one timed call
+    timing: Timing
+    parameters: int  # of one model
+    peak_memory: int  # bytes
+    flops: float | None  # of one image; None where nothing can be counted
+    ceiling: float | None = None  # FLOP/s of the matrix product in the same turns
+    latency: Timing | None = None  # scoring one image
+
+    @property
+    def images_per_second(self) -> float:
+        """By the median."""
+        return self.images / self.timing.median
+
+    @property
+    def share(self) -> float | None:
+        """The share of the measured ceiling that is reached."""
+        return None if self.flops is None or not self.ceiling else self.flops * self.images_per_second / self.ceiling
+
+
+@dataclass
+class _Candidate:
+    """What will be a row once it is timed."""
+
+    fields: dict[str, Any]
+    task: Task | None  # None: the host's loop
+    latency: Task | None = field(default=None)
+
+
+def time_training(
+    selections: Sequence[Selection],
+    trainers: Sequence[str],
+    peers: Sequence[str],
+    setting: Setting,
+    *,
+    repeats: int,
+    peer_precision: Precision = "float32",
+) -> list[Row]:
+    """Training rows: the peers of GANomaly first, then each detector's stages with each trainer.
+
+    Raises:
+        InvalidInput: Peers are asked for where no GANomaly is among the detectors, or a trainer cannot train a detector.
+    """
+    recipes = [(show(s.name, s.options), recipe) for s in selections if (recipe := recipe_of(s)) is not None]
+    candidates: list[_Candidate] = []
+    host: tuple[str, AnomalibEngine] | None = None
+    ganomaly = next((entry for entry in recipes if isinstance(entry[1], GanomalyRecipe)), None)
+    if peers and ganomaly is None:
+        raise InvalidInput("Peers are of GANomaly, and no GANomaly is timed. Add ganomaly to --models, or give --peers none.")
+    for peer in peers:
+        assert ganomaly is not None and isinstance(ganomaly[1], GanomalyRecipe)
+        label, recipe = ganomaly[0], replace(ganomaly[1], precision=peer_precision)
+        with precision(peer_precision):
+            if peer == "anomalib":
+                engine = AnomalibEngine(recipe, setting)
+                host = (str(len(candidates)), engine)
+                candidates.append(_anomalib(engine, label, recipe, setting))
+            else:
+                candidates.append(_prepared(label, "authors' form", recipe, setting, lambda r=recipe: authors(r, setting)))
+    for label, recipe in recipes:
+        recipe.check_shape(setting.chw)
+        for stage in recipe.stages:
+            name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
+            flops = _flops_per_image(plain(recipe, stage, setting))
+            for trainer in trainers:
+                prepare = TRAINERS[trainer]
+                made = _prepared(name, trainer, recipe, setting, lambda p=prepare, r=recipe, s=stage: p(r, s, setting), flops)
+                candidates.append(made)
+    return _timed(candidates, setting.device, repeats, host)
+
+
+def recipe_of(selection: Selection) -> Recipe | None:
+    """The selected detector's recipe; None for a detector that has no training steps."""
+    detector = make_detector(selection.name, **selection.options)
+    return detector.recipe if isinstance(detector, RecipeDetector) else None
+
+
+def _prepared(
+    label: str, trainer: str, recipe: Recipe, setting: Setting, prepare: Any, flops: float | None = None
+) -> _Candidate:
+    def work() -> Prepared:
+        prepared: Prepared = prepare()
+        for _ in range(2):
+            prepared.step()
+        return prepared
+
+    memory = peak_memory(work, setting.device)
+    prepared = prepare()
+    fields = {
+        "what": "training",
+        "detector": label,
+        "trainer": trainer,
+        "precision": recipe.precision,
+        "models": prepared.models,
+        "images": prepared.images,
+        "parameters": _size(recipe.build(setting.chw).values()),
+        "peak_memory": memory,
+        "flops": _flops_per_image(prepared) if flops is None else flops,
+    }
+    return _Candidate(fields, _in_precision(prepared.step, recipe.precision))
+
+
+def _in_precision(step: Task, name: Precision) -> Task:
+    def task() -> None:
+        with precision(name):
+            step()
+
+    return task
+
+
+def _anomalib(engine: AnomalibEngine, label: str, recipe: GanomalyRecipe, setting: Setting) -> _Candidate:
+    memory = peak_memory(lambda: engine.steps(2), setting.device)
+    fields = {
+        "what": "training",
+        "detector": label,
+        "trainer": "anomalib Engine",
+        "precision": recipe.precision,
+        "models": 1,
+        "images": engine.batch_size,
+        "parameters": _size([engine.steps(1).model]),
+        "peak_memory": memory,
+        "flops": count_flops(lambda: engine.steps(1)) / engine.batch_size,
+    }
+    return _Candidate(fields, None)
+
+
+def _flops_per_image(prepared: Prepared) -> float:
+    return count_flops(prepared.step) / prepared.images
+
+
+def _size(modules: Any) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def time_scoring(selections: Sequence[Selection], images: np.ndarray, device: torch.device, *, repeats: int) -> list[Row]:
+    """Scoring rows of detectors on `images` `(n, c, h, w)`, each fitted for one epoch on a batch of them.
+
+    The weights do not matter for the time. A detector that has taken over 30 seconds is not timed again.
+    """
+    candidates = [_scoring(selection, images, device) for selection in selections]
+    return _timed(candidates, device, repeats, None, patience=PATIENCE)
+
+
+def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> _Candidate:
+    detector = make_detector(selection.name, **selection.options).fit(images[:CHUNK], epochs=1, device=str(device))
+    networks = list(getattr(detector, "networks_", {}).values()) or [getattr(detector, "model_", torch.nn.Module())]
+    weights = sum(t.nbytes for net in networks for t in [*net.parameters(), *net.buffers()])
+    fields = {
+        "what": "scoring",
+        "detector": show(selection.name, selection.options),
+        "trainer": "",
+        "precision": "float32",
+        "models": 1,
+        "images": len(images),
+        "parameters": _size(networks),
+        "peak_memory": weights + peak_memory(lambda: detector.score(images[:CHUNK]), device),
+        "flops": count_flops(lambda: detector.score(images[:1])) or None,
+    }
+    return _Candidate(fields, lambda: detector.score(images), latency=lambda: detector.score(images[:1]))
+
+
+def _timed(
+    candidates: list[_Candidate],
+    device: torch.device,
+    repeats: int,
+    host: tuple[str, AnomalibEngine] | None,
+    patience: float = float("inf"),
+) -> list[Row]:
+    """Time the candidates, and beside them a large matrix product in each precision that occurs, all in turns."""
+    tasks = {str(k): c.task for k, c in enumerate(candidates) if c.task is not None}
+    tasks |= {f"latency {k}": c.latency for k, c in enumerate(candidates) if c.latency is not None}
+    ceiling_flops = {}
+    for name in dict.fromkeys(c.fields["precision"] for c in candidates):
+        product, ceiling_flops[name] = matmul(device, torch.bfloat16 if name == "bf16" else torch.float32)
+        tasks[f"ceiling {name}"] = _in_precision(product, name)
+    timings = time_in_turns(tasks, device, repeats, host=host, patience=patience)
+    ceilings = {name: flops / timings[f"ceiling {name}"].median for name, flops in ceiling_flops.items()}
+    return [
+        Row(
+            **c.fields,
+            timing=timings[str(k)],
+            ceiling=ceilings[c.fields["precision"]],
+            latency=timings.get(f"latency {k}"),
+        )
+        for k, c in enumerate(candidates)
+    ]

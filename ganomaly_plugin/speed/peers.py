@@ -1,0 +1,89 @@
+"""Other people's GANomaly, at the same sizes and on the same images: the authors' form, and anomalib's."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.images import to_float
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.speed.authors import AuthorsStep
+from ganomaly_plugin.speed.timing import Samples, Stopwatch, Task, Timing
+from ganomaly_plugin.speed.trainers import Prepared, Setting, batches
+
+PEERS = ("authors", "anomalib")
+
+
+def authors(recipe: GanomalyRecipe, setting: Setting) -> Prepared:
+    """The step in the authors' form, on the batches that the plain trainer gets."""
+    step = AuthorsStep(recipe, setting.chw, setting.device)
+    feed = batches(setting.images, recipe.batch_size, setting.device)
+    return Prepared(lambda: step(to_float(next(feed).to(setting.device))), images=min(recipe.batch_size, len(setting.images)))
+
+
+class AnomalibEngine:
+    """anomalib's own Ganomaly, trained by its own Engine on images in memory; a `Host`.
+
+    What is timed is the whole loop from one batch's end to the next: Lightning's and anomalib's work, and the loading of
+    the batch from memory in the same process, without workers. Images have three channels, since anomalib knows no others.
+    Validation is off.
+    """
+
+    def __init__(self, recipe: GanomalyRecipe, setting: Setting) -> None:
+        self.setting, self.batch_size = setting, min(recipe.batch_size, len(setting.images))
+        sizes = {"n_features": recipe.features, "latent_vec_size": recipe.latent_dim, "extra_layers": recipe.extra_layers}
+        self.options = {"image_size": setting.chw[1], "batch_size": self.batch_size, **sizes}
+
+    def run(self, repeats: int, turn: Task) -> Timing:
+        """Time `repeats` turns of the Engine's steps, and call `turn` after each."""
+        measure = _callback(self.setting.device, repeats, turn)
+        self.fit(measure)
+        return measure.samples.timing()
+
+    def steps(self, count: int) -> Any:
+        """Set up and train for `count` steps, for counting work; returns the model."""
+        return self.fit(limit_train_batches=count, max_epochs=1)
+
+    def fit(self, *callbacks: Any, **limits: Any) -> Any:
+        """Run the Engine and return the model; without limits until a callback says stop."""
+        detector: Any = make_detector("anomalib:Ganomaly", **self.options)  # imports anomalib, without its remarks
+        from ganomaly_plugin.detectors.anomalib_data import ImagesInMemory, make_engine
+        from ganomaly_plugin.detectors.anomalib_models import quiet, seeded
+
+        with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors():
+            model = detector._build()
+            budget = {"max_epochs": -1, **limits}
+            engine = make_engine(self.setting.device, folder, list(callbacks), min_epochs=0, **budget)
+            data: Any = ImagesInMemory(self.setting.images, self.batch_size, drop_last=True)
+            engine.fit(model, datamodule=data)
+        return model
+
+
+def _callback(device: torch.device, repeats: int, turn: Task) -> Any:
+    from lightning.pytorch import Callback
+
+    class Measure(Callback):
+        """Takes the time of bursts of steps, and lets others have their turn in between."""
+
+        def __init__(self) -> None:
+            self.samples, self.watch, self.steps = Samples(), Stopwatch(device), 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.watch.start()
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.steps += 1
+            if self.steps < self.samples.burst:
+                return
+            counts = self.samples.warm
+            self.samples.add(self.watch.stop())
+            trainer.should_stop = len(self.samples.seconds) == repeats
+            if counts:
+                turn()
+            self.steps = 0
+            self.watch.start()
+
+    return Measure()

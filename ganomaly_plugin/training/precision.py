@@ -1,0 +1,62 @@
+"""The arithmetic of training: float32 as IEEE has it, TF32 on GPUs that have it, or bfloat16 in the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ganomaly_plugin.recipe import Networks, Precision
+
+
+@contextmanager
+def precision(name: Precision) -> Iterator[None]:
+    """Convolutions and matrix products of float32 tensors inside: TF32 for "tf32", else true float32; restored after.
+
+    torch lets cuDNN's convolutions use TF32 unless told otherwise, so "float32" has to say so. A CPU has no TF32.
+    """
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+class InBfloat16(nn.Module):
+    """A network whose convolutions and matrix products run in bfloat16, its weights, BatchNorm statistics and answers float32.
+
+    Whatever is done with the answers, the losses first of all, is then done in float32.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def __getattr__(self, name: str) -> Any:
+        """The network's own attributes beside a module's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The network's answer as float32."""
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            answer = self.network(*inputs)
+        return tree_map_only(Tensor, Tensor.float, answer)
+
+
+def networks_in(name: Precision, networks: Networks) -> Networks:
+    """`networks` as losses are to call them: themselves, or for "bf16" wrapped; weights and state stay shared."""
+    if name != "bf16":
+        return networks
+    return {key: InBfloat16(network) for key, network in networks.items()}
