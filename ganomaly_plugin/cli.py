@@ -79,6 +79,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--jobs_per_device", "--jobs-per-device", type=int, help="worker processes for each GPU (default: 1)")
     parser.add_argument("--timeout", type=float, help="seconds a job may take before its worker process is killed")
     parser.add_argument("--retries", type=int, help="tries more for a job whose worker process died (default: 0)")
+    parser.add_argument("--logger", type=names, help="training curves to tensorboard, mlflow, wandb, csv, or several")
     parser.add_argument("--fail_fast", "--fail-fast", action="store_true", help="stop at the first job that fails")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--retry_failed", "--retry-failed", action="store_true", help="run failed jobs again")

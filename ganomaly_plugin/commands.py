@@ -54,7 +54,7 @@ def experiment_from(options: Any) -> Any:
 
     given = {key: value for key, value in vars(options).items() if value is not None}
     configs = given.pop("config", None)
-    for flag in ("dry_run", "retry_failed", "fail_fast", *WHERE):
+    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
     merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
@@ -82,6 +82,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
+    from ganomaly_plugin.report.loggers import Loggers, check_loggers
     from ganomaly_plugin.report.writers import to_text, write_tables
     from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.store import Store
@@ -94,6 +95,7 @@ def run(options: Any) -> int:
 
     where.check_device(experiment.device)
     resolve_device(experiment.device)
+    check_loggers(options.logger or ())
     jobs = expand(experiment)
     out = Path(experiment.out)
     if options.dry_run:
@@ -105,6 +107,9 @@ def run(options: Any) -> int:
     print(f"{note} → {out}", file=sys.stderr)
     if plan.failed:
         print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
+    loggers = Loggers(options.logger or (), out)
+    for record in plan.done:
+        loggers.log(record)
     status = status_folder(out)
     told = None if status is None else str(status)
     settings = Settings(device=experiment.device, data_root=experiment.data_root, status=told)
@@ -114,6 +119,7 @@ def run(options: Any) -> int:
         records = contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings)))
         with records as arriving, following(plan, status) as shown:
             for record in shown.follow(arriving):
+                loggers.log(record)
                 if options.fail_fast and record.status == "failed":
                     print("stopped at the first failure, as --fail-fast says", file=sys.stderr)
                     break

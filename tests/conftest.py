@@ -50,7 +50,7 @@ def bench(capsys: pytest.CaptureFixture[str]):
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what reads real data sets or runs the anomalib command, unless `-m` with that marker asks for it."""
-    for marker in ("real_data", "anomalib_cli"):
+    for marker in ("real_data", "anomalib_cli", "loggers"):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if needing and marker not in (config.option.markexpr or ""):
             config.hook.pytest_deselected(items=needing)
