@@ -116,6 +116,11 @@ def _add_plot(parser: Any) -> None:
     parser.add_argument("--protocols", type=names, default=[], help="only these")
 
 
+def _add_report(parser: Any) -> None:
+    parser.add_argument("results", type=str, help="results folder")
+    parser.add_argument("--out", type=str, help="file to write (default: report.html in the results folder)")
+
+
 def _add_merge(parser: Any) -> None:
     parser.add_argument("results", nargs="+", type=str, help="results folders")
     parser.add_argument("--out", type=str, required=True, help="results folder to write; may be one of them")
@@ -179,6 +184,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "tables": (_add_tables, "make the tables of a results folder again, from its records alone"),
     "stats": (_add_stats, "print intervals and significance tests, or why the results are too few for them"),
     "plot": (_add_plot, "draw a figure of a results folder for a paper: PDF, SVG or PNG"),
+    "report": (_add_report, "make one HTML page of a results folder, to open from disk"),
     "merge": (_add_merge, "make one results folder out of several, where their rows compare"),
     "diff": (_add_diff, "say how two results folders differ, and why"),
     "ls": (_add_ls, "list detectors, data sets and protocols"),

@@ -171,6 +171,13 @@ def plot(options: Any) -> int:
     return draw(options)
 
 
+def report(options: Any) -> int:
+    """Make the HTML page of a results folder."""
+    from ganomaly_plugin.report.commands import report as make_report
+
+    return make_report(options)
+
+
 def merge(options: Any) -> int:
     """Make one results folder out of several, and write its tables."""
     from ganomaly_plugin.combine import merge as merge_folders

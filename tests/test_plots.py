@@ -192,7 +192,7 @@ def test_plots_of_hardly_any_and_of_very_many(tmp_path: Path) -> None:
                 assert text in drawing.caption
                 if folder == holes and kind == "roc":
                     texts = " ".join(each.get_text() for each in drawing.figure.legends[0].get_texts())
-                    assert texts.count("jobs missing") == 1 and "b (1 jobs missing)" in texts
+                    assert texts.count("missing") == 1 and "b (1 job missing)" in texts
         wide = fill(tmp_path / "wide", [outcome(d, str(c), n=9) for d in "ab" for c in range(60)])
         with pytest.raises(InvalidInput, match="too many for one figure"):
             FIGURES["bars"].draw(groups(load_results(wide.folder)), Canvas())

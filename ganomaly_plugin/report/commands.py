@@ -90,3 +90,14 @@ def plot(options: Any) -> int:
     print(drawing.caption, *([drawing.table] if drawing.table else []), sep="\n\n")
     print(f"figure in {out}", file=sys.stderr)
     return 0
+
+
+def report(options: Any) -> int:
+    """Make the HTML page of a results folder."""
+    from ganomaly_plugin.report.html import write_report
+
+    results = Results(options.results)
+    out = Path(options.out) if options.out else results.store.folder / "report.html"
+    size = write_report(results, out)
+    print(f"report in {out} ({size / 1e6:.1f} MB)", file=sys.stderr)
+    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,7 +29,7 @@ PAIRWISE_LIMIT = 10  # detectors; with more, Holm over all pairs leaves nothing,
 
 @dataclass(frozen=True)
 class Row:
-    """One detector's mean with its intervals; `images` only for AUROC, `seeds` only from two seeds on."""
+    """One detector's mean with its intervals; `images` only for AUROC and complete rows, `seeds` only from two seeds on."""
 
     detector: str
     mean: float
@@ -70,10 +70,15 @@ def compare(
         cell = table.cells[name][MEAN]
         if cell.n == 0:
             continue
-        images = image_interval(list(scores[name].values())) if name in scores else None
-        rows.append(Row(name, cell.mean, images, seed_interval(seeds.get(name, []))))
+        images = image_interval(list(scores[name].values())) if name in scores and cell.complete else None
+        rows.append(Row(name, cell.mean, images, _in_range(seed_interval(seeds.get(name, [])))))
     pairs, why = _pairs(table, baseline)
     return Comparison(table, tuple(rows), tuple(pairs), why)
+
+
+def _in_range(interval: Interval | None) -> Interval | None:
+    """Student's t knows of no bounds; every measure lies between 0 and 1."""
+    return interval and replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
 def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]:
@@ -140,10 +145,10 @@ def comparisons(results: Results, metric: str = "auroc", *, baseline: str | None
     tables = {(*table.where, table.protocol): table for table in results.tables((metric,)) if table.metric == metric}
     for (dataset, data, protocol, sampling), records in results.groups():
         table = tables[dataset, data, sampling, protocol]
-        yield compare(results.store, records, table, _seed_means(results, table), baseline=baseline)
+        yield compare(results.store, records, table, seed_means(results, table), baseline=baseline)
 
 
-def _seed_means(results: Results, table: Table) -> dict[str, list[float]]:
+def seed_means(results: Results, table: Table) -> dict[str, list[float]]:
     """For each row the mean over all classes of each seed that has them all."""
     frame = measured_frame(results.store, results.records, (table.metric,))
     dataset, data, sampling = table.where

@@ -58,14 +58,15 @@ def cost_markdown(costs: pd.DataFrame) -> str:
     """The costs as a Markdown table; what a detector does not tell is left empty."""
     rows = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in costs.itertuples(index=False):
-        texts = [_text(value) for value in row]
+        texts = [cost_text(value).replace("|", "\\|") for value in row]
         rows.append("| " + " | ".join(texts) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _text(value: object) -> str:
+def cost_text(value: object) -> str:
+    """A name as it is; a number short, empty where it is unknown."""
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return value
     number = float(value)  # type: ignore[arg-type]
     if pd.isna(number):
         return ""

@@ -100,6 +100,11 @@ class Results:
         return f"<p>{escape(repr(self))}</p>" + "".join(table_html(table) for table in self.tables())
 
 
+def breakable(name: str) -> str:
+    """The name as HTML that may be broken between its options, which make some very long."""
+    return escape(name).replace("[", "[<wbr>").replace(",", ",<wbr>")
+
+
 def table_html(table: Table) -> str:
     """The table as HTML: best cells strong, second underlined, rows of the literature in italics; all text escaped."""
     ranks, average = {column: table.ranks(column) for column in table.columns}, table.average_ranks()
@@ -108,12 +113,13 @@ def table_html(table: Table) -> str:
     lines += [f'<th scope="col">{escape(text)}</th>' for text in head]
     lines.append("</tr></thead><tbody>")
     for row in table.rows:
-        lines.append(f'<tr><th scope="row">{escape(row)}</th>')
+        lines.append(f'<tr><th scope="row">{breakable(row)}</th>')
         for column in table.columns:
-            text = escape(cell_text(table.cells[row][column]))
+            mean, plus_minus, rest = escape(cell_text(table.cells[row][column])).partition(" ± ")
             best, second = ranks[column]
-            text = f"<strong>{text}</strong>" if row in best else f"<u>{text}</u>" if row in second else text
-            lines.append(f"<td{' class=mean' if column == MEAN else ''}>{text}</td>")
+            mean = f"<strong>{mean}</strong>" if row in best else f"<u>{mean}</u>" if row in second else mean
+            spread = f"<small> ± {rest}</small>" if plus_minus else ""
+            lines.append(f"<td{' class=mean' if column == MEAN else ''}>{mean}{spread}</td>")
         lines += [f"<td>{text}</td>" for text in rank_cell(average, row)]
         lines.append("</tr>")
     for reference in table.references:

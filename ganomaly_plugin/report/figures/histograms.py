@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,8 +42,8 @@ def binned(normal: np.ndarray, anomalous: np.ndarray, bins: int = BINS) -> tuple
 
 
 def histogram(group: Group, detector: str, canvas: Canvas) -> Drawing:
-    """One detector's panel, for a page."""
-    return _draw(group, (detector,), canvas, "")
+    """One detector's panel, for a page that says what all of them are."""
+    return replace(_draw(group, (detector,), canvas, ""), caption=f"{detector}: mean AUROC {group.mean(detector):.3f}")
 
 
 def histograms(group: Group, canvas: Canvas) -> Drawing:

@@ -48,7 +48,9 @@ def key(
     for name in detectors:
         value = group.mean(name) if values is None else values[name]
         missing = group.missing(name)
-        texts.append(f"{value:.3f}  {clip(names[name])}" + (f" ({missing} jobs missing)" if missing else ""))
+        texts.append(
+            f"{value:.3f}  {clip(names[name])}" + (f" ({missing} job{'s' * (missing > 1)} missing)" if missing else "")
+        )
         handles.append(Line2D([], [], **line_style(group, name, theme)))
     made = axes.figure.legend(handles, texts, title=title, alignment="left", loc="outside lower left")
     made.get_title().set_fontsize(7)

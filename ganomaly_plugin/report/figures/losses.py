@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,8 +55,8 @@ def losses(group: Group, canvas: Canvas) -> Drawing:
 
 
 def loss(group: Group, detector: str, canvas: Canvas) -> Drawing:
-    """One detector's panel, for a page."""
-    return _draw(group, [detector], canvas, "")
+    """One detector's panel, for a page that says what all of them are."""
+    return replace(_draw(group, [detector], canvas, ""), caption=detector)
 
 
 def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Drawing:

@@ -1,0 +1,123 @@
+"""`bench report`: a results folder as one HTML page without scripts or network, the same bytes for the same records."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ganomaly_plugin import __version__
+from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets
+from ganomaly_plugin.report.figures.ranks import critical_difference
+from ganomaly_plugin.report.figures.sheets import truth_words
+from ganomaly_plugin.report.figures.style import PAGE, Canvas, inline_svg, styled
+from ganomaly_plugin.report.groups import Group, class_of, groups, label
+from ganomaly_plugin.report.page import (
+    COST_HEAD,
+    IMAGE_BYTES,
+    MORE,
+    WIDE,
+    Figure,
+    commands,
+    failures,
+    heading,
+    machines,
+    section,
+)
+from ganomaly_plugin.report.results import Results, breakable, table_html
+from ganomaly_plugin.report.tables import summarise
+from ganomaly_plugin.report.writers import notes
+
+_TEMPLATES = "templates"
+
+
+def report_html(results: Results) -> str:
+    """The page.
+
+    Raises:
+        InvalidInput: The folder has no record at all.
+        CorruptFile: A record or its scores are damaged.
+    """
+    records = results.records
+    if not records:
+        raise InvalidInput(f"{results.store.folder} has no record yet. Run bench run --out {results.store.folder}.")
+    there = groups(results) if any(record.status == "done" for record in records) else []
+    tables = results.tables(("auroc", "auprc", *MORE))
+    budget = [IMAGE_BYTES]
+    with styled(PAGE):
+        sections = [section(k, group, tables, budget) for k, group in enumerate(there, 1)]
+        across = _across(there)
+    main = [table for table in tables if table.metric not in MORE]
+    done = sum(record.status == "done" for record in records)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            name=results.store.folder.resolve().name,
+            folder=results.store.folder.as_posix(),
+            version=__version__,
+            style=_text("report.css"),
+            done=done,
+            failed=failures(records),
+            detectors=sorted({label(record) for record in records}),
+            datasets=sorted({record.job.dataset for record in records}),
+            protocols=sorted({record.job.protocol for record in records}),
+            seeds=sorted({record.job.seed for record in records}),
+            hours=sum(record.seconds.get("fit", 0) + record.seconds.get("score", 0) for record in records) / 3600,
+            sections=sections,
+            summaries=summarise(main),
+            across=across,
+            machines=machines(records),
+            commands=commands(records),
+            cost_head=COST_HEAD,
+        )
+    )
+
+
+def _across(there: list[Group]) -> list[tuple[str, Figure | None]]:
+    """For each protocol what Friedman's test says over its data sets, with the diagram where there is one."""
+    found: list[tuple[str, Figure | None]] = []
+    for k, (protocol, tested, why) in enumerate(over_data_sets([group.table for group in there]) if there else ()):
+        figure = None
+        if tested is not None:
+            mine, prefix = [group for group in there if group.protocol == protocol], f"cd{k}-"
+            try:
+                drawing = critical_difference(mine, Canvas(WIDE / 2, PAGE))
+                figure = Figure(f"{prefix}text", inline_svg(drawing.figure, prefix), drawing.caption)
+            except InvalidInput as error:
+                figure = Figure(f"{prefix}text", "", one_line(error))
+        found.append((friedman_text(protocol, tested, why), figure))
+    return found
+
+
+def _text(name: str) -> str:
+    return resources.files("ganomaly_plugin.report").joinpath(_TEMPLATES, name).read_text(encoding="utf-8")
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    made = Environment(
+        loader=PackageLoader("ganomaly_plugin.report", _TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["table"] = lambda table: Markup(table_html(table))  # these two escape every text themselves
+    made.filters["breakable"] = lambda text: Markup(breakable(text))
+    made.filters |= {"heading": heading, "notes": notes, "detector": label, "class_of": class_of, "truth": truth_words}
+    return made
+
+
+def write_report(results: Results, out: Path) -> int:
+    """Write the page to `out` and return its size in bytes."""
+    from ganomaly_plugin.store import atomic_write
+
+    if not out.parent.is_dir() or out.is_dir():
+        raise InvalidInput(f"Cannot write {out}. Give --out a file in a folder that exists, such as report.html.")
+    content = report_html(results).encode()
+    atomic_write(out, content)
+    return len(content)
