@@ -5,8 +5,12 @@ Module names follow the published GANomaly checkpoints, so those load with a pla
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ganomaly_plugin.errors import InvalidInput
 
@@ -142,12 +146,21 @@ class Standardiser(nn.Module):
 def dcgan_init(module: nn.Module) -> None:
     """DCGAN's initialisation of one module, for `Module.apply`: convolutions N(0, 0.02), BatchNorm N(1, 0.02) and 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, INIT_STD)
+        weight: Any = module.weight
+        if is_parametrized(module, "weight"):  # spectral normalisation computes `weight` from this one
+            weight = module.parametrizations["weight"].original  # type: ignore[index,union-attr]
+        nn.init.normal_(weight, 0.0, INIT_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, INIT_STD)
         nn.init.zeros_(module.bias)
+
+
+def normalise_spectrally(network: nn.Module) -> None:
+    """Divide the weights of all convolutions but the last by their largest singular value, in place (1802.05957)."""
+    for layer in [m for m in network.modules() if isinstance(m, nn.Conv2d)][:-1]:
+        spectral_norm(layer)
 
 
 def bce(logits: Tensor, real: bool) -> Tensor:

@@ -167,7 +167,7 @@ class Recipe(ABC):
         Args:
             networks: The trained networks, as they score: no gradients, evaluation mode.
             train: Training images in chunks `(b, c, h, w)`; a seeded sample where there are many.
-            held_out: Normal images that were not trained on, likewise. Where none could be held out, those of `train`.
+            held_out: Normal images that were not trained on, likewise. Where none could be held out, it is `train` itself.
         """
         return
 

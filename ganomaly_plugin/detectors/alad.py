@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from ganomaly_plugin.detectors.egbad import PairDiscriminator, cross_entropy, fooling_loss, pair_loss
-from ganomaly_plugin.networks import Decoder, Encoder, check_square, dcgan_init
+from ganomaly_plugin.networks import Decoder, Encoder, check_square, dcgan_init, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, at_least, check_adam
 
 
@@ -55,12 +54,6 @@ class CodePairDiscriminator(nn.Module):
     def forward(self, z: Tensor, other: Tensor) -> Tensor:
         """Logits `(b,)`; positive: `other` is z itself."""
         return self.classifier(self.features(torch.cat([z, other], dim=1))).flatten()
-
-
-def normalise_spectrally(network: nn.Module) -> None:
-    """Divide the weights of all convolutions but the last by their largest singular value, in place (1802.05957)."""
-    for layer in [m for m in network.modules() if isinstance(m, nn.Conv2d)][:-1]:
-        spectral_norm(layer)
 
 
 @dataclass(frozen=True)

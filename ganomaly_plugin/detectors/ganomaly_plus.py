@@ -3,112 +3,49 @@
 # Differs: not a published method. What each ingredient is worth is in results/ganomaly_plus. The networks are GANomaly's,
 narrower; what is new happens after training, on normal images alone:
 
-- latent: the distance of the whitened (z, z - ẑ) from the nearest training images', instead of the mean of (z - ẑ)².
-- residual and feature: what of x - x̂, and of D's f(x) - f(x̂), lies outside the principal components that these
-  differences have on training images. The part of a residual that every normal image has no longer counts. This is PCA,
-  on what the networks got wrong: with an untrained generator (x̂ nearly 0) it is PCA on pixels.
-- Each is standardised on held-out normal images; the score is their mean.
+- Four views of an image, each a vector: the image x itself, the residual x - x̂, the feature difference f(x) - f(x̂) in D,
+  and the latent (z, z - ẑ). Of each, `NormalVectors` learns what it is like on training images; how far outside the principal
+  components an image lies, and how far from its nearest neighbours, are the parts of the score.
+- Each part is standardised, on the scale of logarithms, on held-out normal images. The score is the mean of the parts;
+  one that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is reconstructed
+  better than a normal one, and is none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.detectors.normal_models import STATISTICS, NormalVectors
 from ganomaly_plugin.errors import InvalidInput, unknown
-from ganomaly_plugin.networks import Standardiser
-from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, at_least
-from ganomaly_plugin.training.validation import CALIBRATION_LIMIT
+from ganomaly_plugin.networks import Standardiser, normalise_spectrally
+from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 
-PARTS = ("latent", "residual", "feature")
-#: The same parts as GANomaly has them, and as they are without a model of normal images.
+VIEWS = ("image", "latent", "residual", "feature")
+PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in STATISTICS)
+#: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
 PLAIN = ("paper_latent", "plain_residual", "plain_feature")
-PAIRS = (("residual", "feature"), ("latent", "feature"), ("latent", "residual"))
-NEIGHBOURS = 3
-_SHRINK = 0.1  # of the mean variance, added to each variance before whitening divides by it
-_RANK = 1e-6  # components with a smaller share of the largest variance are rounding
-
-
-class Components(nn.Module):
-    """Mean and principal components of vectors, as buffers of a fixed size; unused components are zero."""
-
-    def __init__(self, size: int, count: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("axes", torch.zeros(max(1, min(count, size // 2)), size))
-        self.register_buffer("variance", torch.zeros(len(self.axes)))
-
-    mean: Tensor
-    axes: Tensor
-    variance: Tensor
-
-    def fit(self, vectors: Tensor) -> None:
-        """The components of `vectors` `(n, size)`, at most n - 1; none of equal vectors."""
-        x = vectors.double()
-        centred = x - x.mean(0)
-        wide = x.shape[1] > len(x)
-        values, sides = torch.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
-        values, sides = values.flip(0).clamp(min=0), sides.flip(1)
-        kept = min(len(self.axes), len(x) - 1, int((values > _RANK * values[0]).sum()))
-        axes = (sides.T @ centred if wide else sides.T)[:kept]
-        self.mean.copy_(x.mean(0))
-        self.axes.zero_()
-        self.variance.zero_()
-        self.axes[:kept] = nn.functional.normalize(axes, dim=1).float()
-        self.variance[:kept] = (values[:kept] / len(x)).float()
-
-    def residual(self, vectors: Tensor) -> Tensor:
-        """What of `vectors` `(n, size)` lies outside mean and components."""
-        centred = vectors - self.mean
-        return centred - (centred @ self.axes.T) @ self.axes
-
-    def whitened(self, vectors: Tensor) -> Tensor:
-        """Coordinates `(n, components)` along the components, each of about unit variance."""
-        floor = _SHRINK * self.variance.mean().clamp(min=1e-12)
-        return (vectors - self.mean) @ self.axes.T / (self.variance + floor).sqrt()
-
-
-class Neighbours(nn.Module):
-    """Distance from the nearest of at most CALIBRATION_LIMIT whitened vectors."""
-
-    def __init__(self, size: int, count: int) -> None:
-        super().__init__()
-        self.components = Components(size, count)
-        self.register_buffer("bank", torch.zeros(CALIBRATION_LIMIT, len(self.components.axes)))
-        self.register_buffer("count", torch.tensor(1))
-
-    bank: Tensor
-    count: Tensor
-
-    def fit(self, vectors: Tensor) -> None:
-        """Remember `vectors` `(n, size)`, whitened."""
-        self.components.fit(vectors)
-        self.bank.zero_()
-        self.bank[: len(vectors)] = self.components.whitened(vectors)
-        self.count.fill_(len(vectors))
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        """Root of the mean squared distance `(n,)` from the nearest NEIGHBOURS vectors."""
-        known = self.bank[: int(self.count)]
-        here = self.components.whitened(vectors)
-        squared = here.square().sum(1, keepdim=True) + known.square().sum(1) - 2 * here @ known.T
-        nearest = squared.topk(min(NEIGHBOURS, len(known)), dim=1, largest=False).values
-        return nearest.clamp(min=0).mean(1).sqrt()
+#: The parts that the score is the mean of. `latent_outside` is left out: an untrained encoder makes nothing of it.
+DEFAULT_PARTS = tuple(part for part in PARTS if not part.endswith("_inside") and part != "latent_outside")
+FOLDS = 5  # of the training images, where there are none held out to standardise on
 
 
 class NormalModel(nn.Module):
-    """What calibration learns of normal images: a model of each part, and the scale of its scores."""
+    """What calibration learns of normal images: what each view is like, and the scale of each part."""
 
-    def __init__(self, latent: int, pixels: int, features: int, components: int) -> None:
+    def __init__(self, sizes: dict[str, int], components: int) -> None:
         super().__init__()
-        self.latent = Neighbours(2 * latent, components)
-        self.residual = Components(pixels, components)
-        self.feature = Components(features, components)
+        self.views = nn.ModuleDict({view: NormalVectors(size, components) for view, size in sizes.items()})
         self.scale = Standardiser(len(PARTS + PLAIN))
+
+    def forward(self, vectors: dict[str, Tensor]) -> Tensor:
+        """The logarithms of PARTS, `(n, parts)`, of the views' vectors `(n, size)`."""
+        found = {view: self.views[view](vectors[view]) for view in VIEWS}
+        return torch.stack([found[view][statistic] for view in VIEWS for statistic in STATISTICS], 1)
 
 
 @dataclass(frozen=True)
@@ -117,32 +54,45 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     Args:
         features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial, redraw_below: As GANomaly's.
-        score_by: "combined" (the mean of `parts`), or another of `score_names`: a part alone, a pair of
-            them ("residual_and_feature"), a part without its model of normal images ("paper_latent" is GANomaly's own
-            score), or the mean of those ("plain").
-        parts: Which parts the score is the mean of: latent, residual, feature.
-        components: Principal components of each part; 0 takes residual and feature as plain mean squares.
-        latent_distance: "nearest" (whitened, from the nearest training images) or "paper" (mean of (z - ẑ)²).
+        score_by: "combined" (the mean of `parts`), or another of `score_names`: a part alone, the mean without one view
+            ("without_image") or one statistic ("without_nearest"), "one_sided" (parts below normal pull the mean down),
+            "paper_latent" (GANomaly's own score), or "plain" (mean of latent, residual and feature differences).
+        parts: Which parts the score is the mean of, each "<view>_<statistic>".
+        components: Principal components of each view, at most.
+        below: Weight of a part that is lower than on normal images; 0 ignores it, 1 counts it like one that is higher.
         lr_ratio: D's learning rate as a multiple of G's (two time scales).
         ema_decay: Score with a moving average of the weights; None with the trained ones.
+        spectral: Whether D's convolutions, the last excepted, are normalised spectrally (arXiv 1802.05957).
+        augment: Whether training images are moved by up to a 16th of their side and made up to a 10th brighter or darker.
+        normalise: Whether each image is brought to mean 0 and deviation 0.5 before the networks and views see it.
     """
 
     features: int = 16
     batch_size: int = 32
     score_by: str = "combined"  # type: ignore[assignment]
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = DEFAULT_PARTS
     components: int = 100
-    latent_distance: Literal["nearest", "paper"] = "nearest"
+    below: float = 0.25
     lr_ratio: float = 1.0
     ema_decay: float | None = None
+    spectral: bool = False
+    augment: bool = False
+    normalise: bool = False
 
     default_steps: ClassVar[int | None] = 200
-    score_names: ClassVar[tuple[str, ...]] = (*PARTS, *PLAIN, *("_and_".join(pair) for pair in PAIRS), "plain", "combined")
+    score_names: ClassVar[tuple[str, ...]] = (
+        *PARTS,
+        *PLAIN,
+        *(f"without_{left_out}" for left_out in VIEWS + STATISTICS[:2]),
+        "one_sided",
+        "plain",
+        "combined",
+    )
     conformance_hparams: ClassVar[dict[str, Any]] = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(components=(self.components, 0))
+        at_least(components=(self.components, 1), below=(self.below, 0))
         if not self.lr_ratio > 0:
             raise InvalidInput(f"lr_ratio must be positive, got {self.lr_ratio}.")
         if self.score_by not in self.score_names:
@@ -164,9 +114,13 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         channels, side, _ = chw
         with torch.no_grad():
             discriminator = networks["discriminator"].eval()
-            size = discriminator(torch.zeros(1, channels, side, side))[1].numel()
+            features = discriminator(torch.zeros(1, channels, side, side))[1].numel()
             discriminator.train()
-        return networks | {"calibration": NormalModel(self.latent_dim, channels * side * side, size, self.components)}
+        if self.spectral:
+            normalise_spectrally(networks["discriminator"])
+        pixels = channels * side * side
+        sizes = {"image": pixels, "latent": 2 * self.latent_dim, "residual": pixels, "feature": features}
+        return networks | {"calibration": NormalModel(sizes, self.components)}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -177,61 +131,120 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         own = Phase("discriminator", discriminator.trains, discriminator.loss, adam, redraw_below=discriminator.redraw_below)
         return (Stage(stage.name, (generator, own)),)
 
-    def _differences(self, networks: Networks, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(z, z - ẑ)`, `x - x̂` and `f(x) - f(x̂)` of images, as vectors."""
-        x_hat, z, z_hat = networks["generator"](images)
-        _, features = networks["discriminator"](images)
-        _, features_hat = networks["discriminator"](x_hat)
-        latent = torch.cat([z, z - z_hat], 1).flatten(1)
-        return latent, (images - x_hat).flatten(1), (features - features_hat).flatten(1)
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Where to and how brightly the images of a step are moved, if they are: in shares of their side, and a factor."""
+        if not self.augment:
+            return {}
+        shift, gain = torch.rand(n, 2, generator=generator), torch.rand(n, 1, 1, 1, generator=generator)
+        return {"shift": (2 * shift - 1) / 16, "gain": 1 + (2 * gain - 1) / 10}
 
-    def _parts(self, model: nn.Module, latent: Tensor, residual: Tensor, feature: Tensor) -> dict[str, Tensor]:
-        plain = (latent[:, self.latent_dim :], residual, feature)
-        found = {name: part.square().mean(1) for name, part in zip(PLAIN, plain, strict=True)}
-        nearest = self.latent_distance == "nearest" and self.components > 0
-        if self.components:
-            residual, feature = model.residual.residual(residual), model.feature.residual(feature)  # type: ignore
-        return {
-            "latent": model.latent(latent) if nearest else found["paper_latent"],  # type: ignore[operator]
-            "residual": residual.square().mean(1),
-            "feature": feature.square().mean(1),
-            **found,
+    def _generator_phase(self, networks: Networks, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        images = step.images
+        if self.augment:
+            images = self._moved(images, step.draws["shift"], step.draws["gain"])
+        return super()._generator_phase(networks, StepInput(self._levelled(images), step.draws, step.earlier))
+
+    def _moved(self, images: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
+        """`images` moved by whole pixels, the border repeated, their distance from black times `gain`."""
+        _, _, side, _ = images.shape
+        pixels = (shift * side).round().long()  # (b, 2)
+        axis = torch.arange(side, device=images.device)
+        rows = (axis + pixels[:, :1]).clamp(0, side - 1)[:, None, :, None]  # (b, 1, s, 1)
+        columns = (axis + pixels[:, 1:]).clamp(0, side - 1)[:, None, None, :]
+        batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+        channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+        low, high = self.input_range
+        return ((images[batch, channel, rows, columns] - low) * gain + low).clamp(low, high)
+
+    def _levelled(self, images: Tensor) -> Tensor:
+        """`images`, or those of equal brightness and contrast."""
+        if not self.normalise:
+            return images
+        centred = images - images.mean((1, 2, 3), keepdim=True)
+        deviation = (centred.square().mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
+        return (0.5 * centred / deviation).clamp(-1, 1)
+
+    def _views(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
+        """Each of VIEWS, `(n, size)`."""
+        x = self._levelled(images)
+        x_hat, z, z_hat = networks["generator"](x)
+        _, features = networks["discriminator"](x)
+        _, features_hat = networks["discriminator"](x_hat)
+        vectors = {
+            "image": x,
+            "latent": torch.cat([z, z - z_hat], 1),
+            "residual": x - x_hat,
+            "feature": features - features_hat,
         }
+        return {view: vector.flatten(1) for view, vector in vectors.items()}
+
+    def _parts(self, model: nn.Module, vectors: dict[str, Tensor]) -> Tensor:
+        """PARTS and PLAIN, `(n, parts)`, the former as logarithms."""
+        plain = (vectors["latent"][:, self.latent_dim :], vectors["residual"], vectors["feature"])
+        squares = torch.stack([vector.square().mean(1) for vector in plain], 1)
+        return torch.cat([model(vectors), squares], 1)
 
     def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
-        """The score of each part, with and without its model of normal images, and means of them, `(n,)` each."""
-        model = networks["calibration"]
-        found = self._parts(model, *self._differences(networks, images))
-        scaled = model.scale(torch.stack([found[name] for name in PARTS + PLAIN], 1))  # type: ignore[operator]
+        """Each part, with and without its model of normal images, and means of them, `(n,)` each."""
+        model: Any = networks["calibration"]
+        found = self._parts(model, self._views(networks, images))
+        scaled = dict(zip(PARTS + PLAIN, model.scale(found).unbind(1), strict=True))
 
-        def mean(names: tuple[str, ...]) -> Tensor:
-            return scaled[:, [(PARTS + PLAIN).index(name) for name in names]].mean(1)
+        def mean(parts: tuple[str, ...], below: float) -> Tensor:
+            values = torch.stack([scaled[part] for part in parts], 1)
+            return torch.where(values > 0, values, -below * values).mean(1)
 
-        means = {"_and_".join(pair): mean(pair) for pair in PAIRS}
-        return {**found, **means, "plain": mean(PLAIN), "combined": mean(self.parts)}
+        def without(name: str) -> Tensor:
+            left = tuple(part for part in self.parts if name not in part.split("_"))
+            return mean(left or self.parts, self.below)
+
+        return {
+            **dict(zip(PARTS + PLAIN, found.unbind(1), strict=True)),
+            **{f"without_{name}": without(name) for name in VIEWS + STATISTICS[:2]},
+            "one_sided": mean(self.parts, -1),
+            "plain": mean(PLAIN, -1),
+            "combined": mean(self.parts, self.below),
+        }
 
     def score(self, networks: Networks, images: Tensor) -> Tensor:
         """The score that `score_by` names."""
         return self.scores(networks, images)[self.score_by]
 
     def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:
-        """Fit each part's model to training images, and the scale of its scores to held-out ones."""
+        """Fit each view's model to training images, and the scale of the parts to held-out ones.
+
+        Where none could be held out, each fifth of the training images is scored with models of the other four.
+        """
         model: Any = networks["calibration"]
-        latent, residual, feature = (
-            torch.cat(part) for part in zip(*(self._differences(networks, x) for x in train), strict=True)
-        )
-        if self.components:
-            model.latent.fit(latent)
-            model.residual.fit(residual)
-            model.feature.fit(feature)
-        held = [self._parts(model, *self._differences(networks, x)) for x in held_out]
-        model.scale.fit(torch.cat([torch.stack([scores[name] for name in PARTS + PLAIN], 1) for scores in held]))
+        vectors = self._all_views(networks, train)
+        n = len(vectors["image"])
+        if held_out is train and n > 1:
+            found = []
+            for fold in range(min(FOLDS, n)):
+                left_out = torch.arange(n, device=vectors["image"].device) % min(FOLDS, n) == fold
+                self._fit(model, {view: vector[~left_out] for view, vector in vectors.items()})
+                found.append(self._parts(model, {view: vector[left_out] for view, vector in vectors.items()}))
+            self._fit(model, vectors)
+        else:
+            self._fit(model, vectors)
+            found = [self._parts(model, self._all_views(networks, held_out))]
+        model.scale.fit(torch.cat(found))
+
+    def _all_views(self, networks: Networks, chunks: list[Tensor]) -> dict[str, Tensor]:
+        views = [self._views(networks, x) for x in chunks]
+        return {view: torch.cat([found[view] for found in views]) for view in VIEWS}
+
+    @staticmethod
+    def _fit(model: Any, vectors: dict[str, Tensor]) -> None:
+        for view, vector in vectors.items():
+            model.views[view].fit(vector)
+
+    def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
+        """x̂."""
+        return super().reconstruct(networks, self._levelled(images))
 
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
-        """Square of what the calibrated residual part leaves of x - x̂, mean over the channels."""
+        """Square of what of x - x̂ lies outside its principal components on normal images, mean over the channels."""
         model: Any = networks["calibration"]
-        x_hat, _, _ = networks["generator"](images)
-        residual = (images - x_hat).flatten(1)
-        if self.components:
-            residual = model.residual.residual(residual)
-        return residual.view_as(images).square().mean(1)
+        residual = self._views(networks, images)["residual"]
+        return model.views["residual"].components.residual(residual).view_as(images).square().mean(1)

@@ -46,13 +46,16 @@ def calibrate(
 ) -> dict[str, object]:
     """Let `recipe` calibrate `networks` in place; returns what it was calibrated on, for the record."""
     few = held_out is None or len(held_out) < FEWEST_HELD_OUT
-    parts = []
-    for source in (images, images if few or held_out is None else held_out):
+
+    def some(source: Tensor) -> list[Tensor]:
         order = torch.from_numpy(np.random.default_rng([seed, 9]).permutation(len(source))[:CALIBRATION_LIMIT])
-        parts.append(source[order.sort().values])
+        return list(batches(recipe, source[order.sort().values], device))
+
     with torch.no_grad(), scoring_mode(networks, recipe.batchnorm):
-        recipe.calibrate(networks, *(list(batches(recipe, part, device)) for part in parts))
-    return {"calibrated_on": "training images" if few else "held-out images", "calibration_images": len(parts[1])}
+        train = some(images)
+        held = train if few or held_out is None else some(held_out)
+        recipe.calibrate(networks, train, held)
+    return {"calibrated_on": "training images" if few else "held-out images", "calibration_images": sum(map(len, held))}
 
 
 class NormalValidation:
