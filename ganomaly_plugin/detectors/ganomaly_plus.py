@@ -3,12 +3,13 @@
 # Differs: not a published method. What each ingredient is worth is in results/ganomaly_plus. The networks are GANomaly's,
 narrower; what is new happens after training, on normal images alone:
 
-- Four views of an image, each a vector: the image x itself, the residual x - x̂, the feature difference f(x) - f(x̂) in D,
-  and the latent (z, z - ẑ). Of each, `NormalVectors` learns what it is like on training images; how far outside the principal
-  components an image lies, and how far from its nearest neighbours, are the parts of the score.
-- Each part is standardised, on the scale of logarithms, on held-out normal images. The score is the mean of the parts;
-  one that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is reconstructed
-  better than a normal one, and is none.
+- Five views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, the residual x - x̂,
+  the feature difference f(x) - f(x̂) in D, and the latent (z, z - ẑ). Of each, `NormalVectors` learns what it is like on
+  training images; how far outside the principal components an image lies, and how far from its nearest neighbours, are
+  the parts of the score.
+- Each part is standardised, on the scale of logarithms, on held-out normal images. The score is the root mean square of the
+  parts. One that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is
+  reconstructed better than a normal one, and is none.
 """
 
 from __future__ import annotations
@@ -25,13 +26,28 @@ from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.networks import Standardiser, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 
-VIEWS = ("image", "latent", "residual", "feature")
+VIEWS = ("image", "levelled", "latent", "residual", "feature")
 PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in STATISTICS)
 #: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
 PLAIN = ("paper_latent", "plain_residual", "plain_feature")
-#: The parts that the score is the mean of. `latent_outside` is left out: an untrained encoder makes nothing of it.
-DEFAULT_PARTS = tuple(part for part in PARTS if not part.endswith("_inside") and part != "latent_outside")
+#: The parts that the score is made of.
+DEFAULT_PARTS = (
+    "image_outside",
+    "image_nearest",
+    "levelled_nearest",
+    "latent_nearest",
+    "residual_outside",
+    "residual_nearest",
+    "feature_outside",
+    "feature_nearest",
+)
 FOLDS = 5  # of the training images, where there are none held out to standardise on
+
+
+def levelled(images: Tensor) -> Tensor:
+    """`images` `(n, c, h, w)`, each shifted and scaled to mean 0 and deviation 0.5 over its pixels and channels."""
+    centred = images - images.mean((1, 2, 3), keepdim=True)
+    return 0.5 * centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt()
 
 
 class NormalModel(nn.Module):
@@ -54,10 +70,11 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     Args:
         features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial, redraw_below: As GANomaly's.
-        score_by: "combined" (the mean of `parts`), or another of `score_names`: a part alone, the mean without one view
-            ("without_image") or one statistic ("without_nearest"), "one_sided" (parts below normal pull the mean down),
-            "paper_latent" (GANomaly's own score), or "plain" (mean of latent, residual and feature differences).
-        parts: Which parts the score is the mean of, each "<view>_<statistic>".
+        score_by: "combined" (the root mean square of `parts`), or another of `score_names`: a part alone, all without one
+            view ("without_image"), one statistic ("without_nearest") or parts that are lower than normal ("without_below"),
+            all with the third statistic too ("with_inside"), "mean_of_parts", "paper_latent" (GANomaly's own score), or
+            "plain" (the mean of the standardised latent, residual and feature differences).
+        parts: What the score is made of, each "<view>_<statistic>".
         components: Principal components of each view, at most.
         below: Weight of a part that is lower than on normal images; 0 ignores it, 1 counts it like one that is higher.
         lr_ratio: D's learning rate as a multiple of G's (two time scales).
@@ -84,7 +101,9 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         *PARTS,
         *PLAIN,
         *(f"without_{left_out}" for left_out in VIEWS + STATISTICS[:2]),
-        "one_sided",
+        "without_below",
+        "with_inside",
+        "mean_of_parts",
         "plain",
         "combined",
     )
@@ -119,7 +138,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         if self.spectral:
             normalise_spectrally(networks["discriminator"])
         pixels = channels * side * side
-        sizes = {"image": pixels, "latent": 2 * self.latent_dim, "residual": pixels, "feature": features}
+        sizes = dict.fromkeys(VIEWS, pixels) | {"latent": 2 * self.latent_dim, "feature": features}
         return networks | {"calibration": NormalModel(sizes, self.components)}
 
     @property
@@ -142,7 +161,8 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         images = step.images
         if self.augment:
             images = self._moved(images, step.draws["shift"], step.draws["gain"])
-        return super()._generator_phase(networks, StepInput(self._levelled(images), step.draws, step.earlier))
+        images = self._input(images)
+        return super()._generator_phase(networks, StepInput(images, step.draws, step.earlier))
 
     def _moved(self, images: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
         """`images` moved by whole pixels, the border repeated, their distance from black times `gain`."""
@@ -156,22 +176,19 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         low, high = self.input_range
         return ((images[batch, channel, rows, columns] - low) * gain + low).clamp(low, high)
 
-    def _levelled(self, images: Tensor) -> Tensor:
-        """`images`, or those of equal brightness and contrast."""
-        if not self.normalise:
-            return images
-        centred = images - images.mean((1, 2, 3), keepdim=True)
-        deviation = (centred.square().mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
-        return (0.5 * centred / deviation).clamp(-1, 1)
+    def _input(self, images: Tensor) -> Tensor:
+        """What the networks see of `images`."""
+        return levelled(images).clamp(-1, 1) if self.normalise else images
 
     def _views(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
         """Each of VIEWS, `(n, size)`."""
-        x = self._levelled(images)
+        x = self._input(images)
         x_hat, z, z_hat = networks["generator"](x)
         _, features = networks["discriminator"](x)
         _, features_hat = networks["discriminator"](x_hat)
         vectors = {
             "image": x,
+            "levelled": levelled(images),
             "latent": torch.cat([z, z - z_hat], 1),
             "residual": x - x_hat,
             "feature": features - features_hat,
@@ -190,20 +207,21 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         found = self._parts(model, self._views(networks, images))
         scaled = dict(zip(PARTS + PLAIN, model.scale(found).unbind(1), strict=True))
 
-        def mean(parts: tuple[str, ...], below: float) -> Tensor:
+        def size(parts: tuple[str, ...], *, below: float = self.below, power: float = 2.0) -> Tensor:
             values = torch.stack([scaled[part] for part in parts], 1)
-            return torch.where(values > 0, values, -below * values).mean(1)
+            return torch.where(values > 0, values, -below * values).pow(power).mean(1).pow(1 / power)
 
         def without(name: str) -> Tensor:
-            left = tuple(part for part in self.parts if name not in part.split("_"))
-            return mean(left or self.parts, self.below)
+            return size(tuple(part for part in self.parts if name not in part.split("_")) or self.parts)
 
         return {
             **dict(zip(PARTS + PLAIN, found.unbind(1), strict=True)),
             **{f"without_{name}": without(name) for name in VIEWS + STATISTICS[:2]},
-            "one_sided": mean(self.parts, -1),
-            "plain": mean(PLAIN, -1),
-            "combined": mean(self.parts, self.below),
+            "without_below": size(self.parts, below=0),
+            "with_inside": size(self.parts + tuple(part for part in PARTS if part.endswith("_inside"))),
+            "mean_of_parts": size(self.parts, power=1),
+            "plain": torch.stack([scaled[part] for part in PLAIN], 1).mean(1),
+            "combined": size(self.parts),
         }
 
     def score(self, networks: Networks, images: Tensor) -> Tensor:
@@ -241,7 +259,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
         """x̂."""
-        return super().reconstruct(networks, self._levelled(images))
+        return super().reconstruct(networks, self._input(images))
 
     def anomaly_map(self, networks: Networks, images: Tensor) -> Tensor:
         """Square of what of x - x̂ lies outside its principal components on normal images, mean over the channels."""
