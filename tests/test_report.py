@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -9,13 +10,16 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_measures import fill, outcome
 from test_plots import with_images, with_oracle
 from test_results import failed
 
 from ganomaly_plugin import load_results
 from ganomaly_plugin.report import page
+from ganomaly_plugin.report.figures.sheets import png
 from ganomaly_plugin.report.groups import groups
 from ganomaly_plugin.report.html import report_html
 from ganomaly_plugin.store import Store
@@ -172,3 +176,11 @@ def test_latex_tables_compile(tmp_path: Path, bench) -> None:
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert not re.search(r"Overfull|Missing character|undefined", done.stdout), done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("colours", [200, 300])
+def test_pictures_keep_their_pixels(colours: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (colours, 3), dtype=np.uint8)[rng.integers(0, colours, (40, 30))]
+    with Image.open(io.BytesIO(png(pixels))) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pixels)

@@ -110,19 +110,27 @@ def to_latex(tables: Sequence[Table]) -> str:
     for table in tables:
         ranks = {column: table.ranks(column) for column in table.columns}
         average = table.average_ranks()
+        stacked = len(table.columns) > STACKED_FROM and table.seeds > 1
         lines = [
             r"\begin{table}[htbp]",
             r"\centering",
             rf"\caption{{{latex_escape('. '.join([caption(table), *notes(table)]))}}}",
-            r"\resizebox{\textwidth}{!}{%",
+            r"\setlength{\tabcolsep}{4pt}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",  # smaller where it must be, never larger
             rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + bool(average))}}}",
             r"\toprule",
             " & ".join(["detector", *map(latex_escape, table.columns), *([RANK] if average else [])]) + r" \\",
             r"\midrule",
         ]
         for row in table.rows:
-            cells = [_latex_cell(table.cells[row][c], row, ranks[c]) for c in table.columns]
-            lines.append(" & ".join([latex_escape(row), *cells, *rank_cell(average, row)]) + r" \\")
+            mine = {column: table.cells[row][column] for column in table.columns}
+            texts = [_latex_cell(cell, row, ranks[column], alone=stacked) for column, cell in mine.items()]
+            end = r" \\[-2pt]" if stacked else r" \\"
+            lines.append(" & ".join([latex_escape(row), *texts, *rank_cell(average, row)]) + end)
+            if stacked:  # many classes leave no room for the deviation beside the mean
+                spreads = [cell_text(cell, r"$\pm$").partition(r" $\pm$ ") for cell in mine.values()]
+                small = [rf"{{\scriptsize $\pm$ {rest}}}" if plus_minus else "" for _, plus_minus, rest in spreads]
+                lines.append(" & ".join(["", *small, *([""] if average else [])]) + r" \\[2pt]")
         lines += [r"\midrule"] if table.references else []
         for reference in table.references:
             cells = [text.replace("–", "--") for text in reference_cells(table, reference)]
@@ -234,12 +242,14 @@ def _mark(text: str, row: str, ranks: tuple[set[str], set[str]], best: str, seco
     return second.format(text) if row in ranks[1] else text
 
 
-def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]]) -> str:
+def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]], *, alone: bool) -> str:
     if cell.n == 0:
         return "--"
-    return _mark(cell_text(cell, r"$\pm$"), row, ranks, r"\textbf{{{}}}", r"\underline{{{}}}")
+    text = cell_text(cell, r"$\pm$")
+    return _mark(text.partition(r" $\pm$ ")[0] if alone else text, row, ranks, r"\textbf{{{}}}", r"\underline{{{}}}")
 
 
+STACKED_FROM = 6  # columns; wider tables have the deviation below the mean
 RANK = "rank"
 
 WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {

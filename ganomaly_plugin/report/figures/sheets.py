@@ -59,17 +59,17 @@ def sheets(group: Group, record: RunRecord) -> list[Sheet]:
 
 
 def rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 `(n, c, h, w)` as `(n, h, w, 3)`; of other numbers of channels than three, the first in grey."""
-    three = images if images.shape[1] == 3 else np.repeat(images[:, :1], 3, axis=1)
+    """uint8 `(n, c, h, w)` as `(n, h, w, 3)`; of other numbers of channels than three, the first in 128 greys."""
+    three = images if images.shape[1] == 3 else np.repeat(images[:, :1] | 1, 3, axis=1)
     return three.transpose(0, 2, 3, 1)
 
 
 def heat(maps: np.ndarray) -> np.ndarray:
-    """uint8 `(n, h, w)` as `(n, h, w, 3)`, dark to bright, in a scale that also works without colour."""
+    """uint8 `(n, h, w)` as `(n, h, w, 3)`, dark to bright in 64 steps, in a scale that also works without colour."""
     import matplotlib
 
-    scale = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    return scale[maps]
+    scale = (matplotlib.colormaps["inferno"](np.linspace(0, 1, 64))[:, :3] * 255).round().astype(np.uint8)
+    return scale[maps // 4]
 
 
 def tiled(rows: list[np.ndarray]) -> np.ndarray:
@@ -134,13 +134,19 @@ def _draw(made: list[Sheet], name: str, record: RunRecord, group: Group, canvas:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture as PNG, the same bytes for the same pixels."""
+    """A picture as PNG, with a palette where 256 colours are enough; the same bytes for the same pixels."""
     import io
 
     from PIL import Image
 
+    colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) <= 256:
+        image = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
+        image.putpalette(colours.astype(np.uint8).tobytes())
+    else:
+        image = Image.fromarray(pixels)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
