@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ganomaly_plugin.core import Job
+from ganomaly_plugin.errors import CannotStore
+from ganomaly_plugin.files import locked, sweep_out
 
 HEARTBEAT = 10.0  # seconds between signs of life
 EXPIRY = 120.0  # seconds without one, after which a claim from another machine is void
@@ -21,81 +25,137 @@ class Claims:
 
     A claim is void when its process is gone (on this machine), or when it has shown no sign of life for `EXPIRY`
     seconds of the file system's own clock (on another). Creating a file exclusively is atomic, on NFS since version 3.
+    On one machine a job never has two holders. On several it may, when a holder was taken for dead and was not; their
+    results then count once (`Store.settle`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._held: set[Path] = set()
+        self._held: dict[Path, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._me = {"host": this_machine(), "pid": os.getpid(), "started": started(os.getpid())}
 
     def __enter__(self) -> Claims:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
+        sweep_out(self.folder)
         threading.Thread(target=self._beat, name="claims", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stopped.set()
         with self._lock:
-            for path in self._held:
-                path.unlink(missing_ok=True)
-            self._held.clear()
+            held, self._held = self._held, {}
+        for path, claim in held.items():
+            self._remove(path, claim)
+        self._bury()
         with contextlib.suppress(OSError):  # others may still hold claims there
             self.folder.rmdir()
 
     def take(self, job: Job) -> bool:
-        """Claim `job`; False when a living runner has it."""
+        """Claim `job`; False when a living runner has it.
+
+        Raises:
+            CannotStore: No claim can be written.
+        """
         path = self._path(job)
-        if self._create(path):
-            return True
-        if not self._is_void(path):
-            return False
-        # Of several runners that find a void claim, the one that renames it away may take its place.
-        grave = path.with_name(f".{path.name}.{self._me['host']}.{self._me['pid']}")
         try:
-            path.rename(grave)
-        except OSError:
-            return False
-        grave.unlink(missing_ok=True)
-        return self._create(path)
+            return self._create(path) or (self._void(path) is not None and self._take_over(path))
+        except OSError as error:
+            raise CannotStore(
+                f"Cannot write to {self.folder}: {error.strerror or error}. Finished records are kept; "
+                "mend that, and the same command goes on from there."
+            ) from error
 
     def release(self, job: Job) -> None:
         """Give `job` up: its record is stored."""
+        path = self._path(job)
         with self._lock:
-            self._held.discard(self._path(job))
-        self._path(job).unlink(missing_ok=True)
+            claim = self._held.pop(path, None)
+        if claim is not None:
+            self._remove(path, claim)
 
     def _path(self, job: Job) -> Path:
         return self.folder / f"{job.slug}.json"
 
+    def _make_folder(self) -> None:
+        with contextlib.suppress(FileExistsError):  # two make it at once
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def _create(self, path: Path) -> bool:
-        path.parent.mkdir(parents=True, exist_ok=True)  # a runner that ended may have removed it
+        claim = {**self._me, "token": secrets.token_hex(8)}
+        while True:
+            try:
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                break
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # a runner that ended has just removed the folder
+                self._make_folder()
         try:
-            with path.open("x") as file:
-                json.dump(self._me, file)
-        except FileExistsError:
-            return False
+            with os.fdopen(handle, "w") as file:
+                json.dump(claim, file)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         with self._lock:
-            self._held.add(path)
+            self._held[path] = claim
         return True
 
-    def _is_void(self, path: Path) -> bool:
+    def _take_over(self, path: Path) -> bool:
+        """Put a claim of ours in the place of a void one: of several runners that saw it, one."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder))  # those of this machine, one after another
+            except FileNotFoundError:
+                return False
+            void = self._void(path)
+            if void is None:
+                return False
+            grave = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            try:
+                path.rename(grave)
+            except OSError:  # another machine was faster
+                return False
+            if _read(grave) != void:  # it was so much faster that this is its new claim: give that back
+                with contextlib.suppress(OSError):
+                    os.link(grave, path)
+                grave.unlink(missing_ok=True)
+                return False
+            grave.unlink(missing_ok=True)
+            return self._create(path)
+
+    def _void(self, path: Path) -> dict[str, Any] | None:
+        """The void claim in `path`, {} for one that was written in part; None when it holds, or there is none."""
+        claim = _read(path)
+        if claim is None:
+            return None
+        if claim.get("host") == self._me["host"] and isinstance(claim.get("pid"), int):
+            return None if is_alive(claim["pid"], claim.get("started")) else claim
         try:
             age = self._now() - path.stat().st_mtime
-            holder = json.loads(path.read_text())
-            host, pid = holder["host"], int(holder["pid"])
         except FileNotFoundError:
-            return False  # released just now: its record is there, or the next look takes it
-        except (ValueError, KeyError, TypeError):
-            return age > HEARTBEAT  # written in part by a runner that died; a living one needs no time for this
-        if host == self._me["host"]:
-            return not is_alive(pid)
-        return age > EXPIRY
+            return None
+        # Written in part by a runner that died; a living one needs no time for this.
+        limit = EXPIRY if claim else HEARTBEAT
+        return claim if age > limit else None
+
+    def _remove(self, path: Path, claim: dict[str, Any]) -> None:
+        """Remove `claim`, unless somebody who took us for dead has put another in its place."""
+        with contextlib.suppress(OSError):  # where nothing can be written, it ends with this process
+            if _read(path) == claim:
+                path.unlink(missing_ok=True)
+
+    def _bury(self) -> None:
+        """Remove what runners of this machine who were killed have left: nobody may want to take those jobs again."""
+        with contextlib.suppress(OSError), locked(self.folder):
+            for path in self.folder.glob("*.json"):
+                if (_read(path) or {}).get("host") == self._me["host"] and self._void(path) is not None:
+                    path.unlink(missing_ok=True)
 
     def _now(self) -> float:
         """The file system's time, which is what the ages of its files are measured by."""
-        probe = self.folder / f".now.{self._me['host']}.{self._me['pid']}"
+        probe = self.folder / f".now.{secrets.token_hex(4)}.tmp"
         probe.touch()
         try:
             return probe.stat().st_mtime
@@ -105,17 +165,55 @@ class Claims:
     def _beat(self) -> None:
         while not self._stopped.wait(HEARTBEAT):
             with self._lock:
-                for path in self._held:
-                    with contextlib.suppress(OSError):
-                        os.utime(path)
+                held = list(self._held)
+            for path in held:
+                with contextlib.suppress(OSError):
+                    os.utime(path)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether there is a process `pid` on this machine."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """The claim in `path`; {} when it is no whole claim, None when there is no such file."""
+    try:
+        claim = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None  # released just now: its record is there, or the next look takes it
+    except ValueError:
+        return {}
+    return claim if isinstance(claim, dict) else {}
+
+
+def this_machine() -> str:
+    """What tells machines apart whose process numbers mean different things: host name, boot, and container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
+
+
+def is_alive(pid: int, since: int | None = None) -> bool:
+    """Whether the process `pid` of this machine runs, and is the one that started at `since` (see `started`)."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = started(pid)
+    return now != _ENDED and (since is None or now is None or now == since)
+
+
+_ENDED = -1
+
+
+def started(pid: int) -> int | None:
+    """When the process started, in ticks of the system's clock since its start; None where the system does not say.
+
+    -1 for one that has ended and whose parent has not noticed yet.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return _ENDED if fields[0] in "ZX" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -6,6 +6,7 @@ it imports no heavy package, so that `bench --help` does not wait for torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -82,7 +83,7 @@ class Job:
     steps: int | None = None  # the budget in steps; epochs is None then
     label: str = field(default="", compare=False)  # how tables call the detector; not part of the key
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A 16-digit hash of the job; leaves out device, workers, output folder, order and label, and steps when unset."""
         content = {name: value for name, value in asdict(self).items() if name != "label"}
@@ -130,10 +131,11 @@ class RunRecord:
     notes: Mapping[str, Any] = field(default_factory=dict)  # what a detector says of its fit: parameters, subsampling
     environment: Mapping[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # mean losses, one entry an epoch
+    files: Mapping[str, str] = field(default_factory=dict, compare=False)  # sha256 of its scores and images; the store's
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, with the job's key beside the job."""
-        return {"format": 1, "key": self.job.key, **asdict(self)}
+        return {"format": 2, "key": self.job.key, **asdict(self)}
 
 
 @dataclass(frozen=True)

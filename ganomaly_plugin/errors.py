@@ -26,6 +26,10 @@ class CorruptFile(BenchError, ValueError):
     """A file that this package wrote, or was told to read, is truncated or not of its format."""
 
 
+class CannotStore(BenchError):
+    """A result cannot be written: the disk is full, read-only or gone. What is stored stays as it is."""
+
+
 def one_line(error: BaseException) -> str:
     """`error` as one line: its type where the text alone would not say what happened."""
     text = " ".join(str(error).split())

@@ -219,9 +219,9 @@ def sweep(
         while waiting:
             taken: set[str] = set()
             for outcome in executor.map(run, _claimed(waiting, store, before, claims, taken)):
-                store.put(outcome)
-                claims.release(outcome.record.job)
-                yield outcome.record
+                settled = store.settle(outcome)
+                claims.release(settled.job)
+                yield settled
             left = [job for job in waiting if job.key not in taken]
             waiting = []
             for job in left:

@@ -5,42 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord
-from ganomaly_plugin.errors import CorruptFile, InvalidInput
+from ganomaly_plugin.errors import BenchError, CannotStore, CorruptFile, InvalidInput, one_line
+from ganomaly_plugin.files import atomic_write, sweep_out
+from ganomaly_plugin.integrity import check_against_scores, file_digest, sealed, unsealed
 
 MARKER = "bench.json"
-FORMAT = 1
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write `path` so that a reader, or a crash, sees the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, on systems where a folder can be synced."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+FORMAT = 1  # of the folder; each record names its own
 
 
 class Store:
@@ -77,8 +53,9 @@ class Store:
                     f"{self.folder} exists, is not empty and is not a results folder (no {MARKER}). "
                     "Choose another --out, or empty it."
                 )
-            self.records_dir.mkdir(parents=True, exist_ok=True)
-            self.scores_dir.mkdir(exist_ok=True)
+            for folder in (self.records_dir, self.scores_dir):
+                folder.mkdir(parents=True, exist_ok=True)
+                sweep_out(folder)
             if marker.is_file():
                 atomic_write(self.folder / ".writable", b"")
                 (self.folder / ".writable").unlink(missing_ok=True)
@@ -111,16 +88,42 @@ class Store:
         return self.folder / "images" / f"{job.slug}.npz"
 
     def put(self, outcome: Outcome) -> None:
-        """Store an outcome: the scores first, then the record that vouches for them."""
-        record = outcome.record
-        for path, arrays in ((self.scores_path(record.job), outcome.arrays), (self.images_path(record.job), outcome.images)):
-            if arrays:
-                path.parent.mkdir(exist_ok=True)
-                buffer = io.BytesIO()
-                np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
-                atomic_write(path, buffer.getvalue())
-        text = json.dumps(record.to_dict(), indent=1, allow_nan=False)
-        atomic_write(self.record_path(record.job), text.encode() + b"\n")
+        """Store an outcome: the scores first, then the record that vouches for them.
+
+        Raises:
+            CannotStore: The disk is full, read-only or gone; what was there before is as it was.
+        """
+        job, files = outcome.record.job, {}
+        try:
+            for kind, path, arrays in (
+                ("scores", self.scores_path(job), outcome.arrays),
+                ("images", self.images_path(job), outcome.images),
+            ):
+                if arrays:
+                    path.parent.mkdir(exist_ok=True)
+                    buffer = io.BytesIO()
+                    np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
+                    atomic_write(path, buffer.getvalue())
+                    files[kind] = file_digest(buffer.getvalue())
+            atomic_write(self.record_path(job), sealed(replace(outcome.record, files=files).to_dict()))
+        except OSError as error:
+            raise CannotStore(
+                f"Cannot store the result of {job.title} in {self.folder}: {error.strerror or error}. "
+                "Finished records are kept; mend that, and the same command goes on from there."
+            ) from error
+
+    def settle(self, outcome: Outcome) -> RunRecord:
+        """Store an outcome unless its job is done already, by whoever; the record that stands.
+
+        Raises:
+            CannotStore: See `put`.
+            CorruptFile: The record that is there is damaged.
+        """
+        before = self.get(outcome.record.job)
+        if before is not None and before.status == "done":
+            return before
+        self.put(outcome)
+        return outcome.record
 
     def get(self, job: Job) -> RunRecord | None:
         """The record of `job`, or None when there is none.
@@ -143,61 +146,70 @@ class Store:
         """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.
 
         Raises:
-            CorruptFile: The file is missing or damaged.
+            CorruptFile: The file is missing, damaged, or not the one that its record vouches for.
         """
-        return self._read(self.scores_path(job), job)
+        return self._read(self.scores_path(job), job, "scores")
 
     def images(self, job: Job) -> dict[str, np.ndarray]:
         """Sample images of a done job, as `samples.sample` makes them; {} when it has none.
 
         Raises:
-            CorruptFile: The file is damaged.
+            CorruptFile: The file is damaged, or not the one that its record vouches for.
         """
         path = self.images_path(job)
-        return self._read(path, job) if path.is_file() else {}
+        return self._read(path, job, "images") if path.is_file() else {}
 
-    def _read(self, path: Path, job: Job) -> dict[str, np.ndarray]:
-        todo = f"Delete {self.record_path(job)} and run again."
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except FileNotFoundError as error:
-            raise CorruptFile(f"The scores {path} are missing. {todo}") from error
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise CorruptFile(f"The scores {path} are damaged ({type(error).__name__}). {todo}") from error
+    def _read(self, path: Path, job: Job, kind: str) -> dict[str, np.ndarray]:
+        record, _ = _parse(self.record_path(job))
+        return _read_arrays(path, kind, record.files.get(kind), self.record_path(job))
+
+
+def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -> dict[str, np.ndarray]:
+    """The arrays in the `.npz` file `path`, read without unpickling; `digest` is its sha256, None: not known."""
+    todo = f"Delete {record_path} and run again."
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptFile(f"The {kind} {path} are missing. {todo}") from error
+    except OSError as error:
+        raise CorruptFile(f"The {kind} {path} cannot be read ({error.strerror or error}). {todo}") from error
+    if digest is not None and digest != file_digest(content):
+        raise CorruptFile(f"The {kind} {path} are damaged, or not those of their record. {todo}")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged archive
+        raise CorruptFile(f"The {kind} {path} are damaged ({type(error).__name__}). {todo}") from error
 
 
 def read_record(path: Path) -> RunRecord:
-    """The record in the file `path`.
+    """The record in the file `path`. One of format 1, which has no checksum, is held to its scores.
 
     Raises:
-        CorruptFile: It is truncated, of another format, or its key is not its job's.
+        CorruptFile: It is truncated, of another format, not what was stored, or does not fit its scores.
     """
+    record, form = _parse(path)
+    if form == 1 and record.status == "done":
+        arrays = _read_arrays(path.parent.parent / "scores" / f"{path.stem}.npz", "scores", None, path)
+        try:
+            check_against_scores(record, arrays)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = one_line(error) if isinstance(error, BenchError) else error
+            raise CorruptFile(f"The record {path.name} does not fit its scores ({reason}). Delete both: {path}") from error
+    return record
+
+
+def _parse(path: Path) -> tuple[RunRecord, int]:
+    """The record in `path` and its format."""
     todo = f"Delete it to run that job again: {path}"
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptFile(f"The record {path.name} is truncated or not JSON. {todo}") from error
     try:
-        record = _parse(content)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        record = unsealed(content)
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptFile(f"The record {path.name} is not complete ({error}). {todo}") from error
-    if content.get("key") != record.job.key:
-        raise CorruptFile(f"The record {path.name} does not match its key {content.get('key')!r}: it was edited. {todo}")
-    return record
-
-
-def _parse(content: Mapping[str, Any]) -> RunRecord:
-    if content.get("format") != FORMAT:
-        raise ValueError(f"format {content.get('format')!r}, this version reads {FORMAT}")
-    fields = {name: value for name, value in content.items() if name not in ("format", "key")}
-    record = RunRecord(**{**fields, "job": Job.from_dict(fields["job"])})
-    if record.status not in ("done", "failed"):
-        raise ValueError(f"status {record.status!r}")
-    if record.status == "done" and not all(_is_share(record.metrics[name]) for name in ("auroc", "auprc")):
-        raise ValueError("a metric is not a number in [0, 1]")
-    return record
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    if path.stem != record.job.slug:
+        raise CorruptFile(f"The record {path.name} is that of {record.job.slug}: it was renamed or copied. {todo}")
+    return record, int(content["format"])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.files import atomic_write, locked
 
 _PIECE = 1 << 20
 
@@ -38,35 +37,6 @@ def cache_folder(root: Path) -> Path:
         if os.access(place, os.W_OK):
             return place
     raise InvalidInput(f"No cache folder can be written ({reason or places[-1]}). Set XDG_CACHE_HOME to a folder that can be.")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, so that of many processes one builds and the others wait for it.
-
-    Where the file system has no locks, or the system no fcntl, nothing waits; every build is then merely repeated.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
-        yield
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def file_digest(path: Path) -> dict[str, str]:
@@ -99,7 +69,7 @@ def remembered_digests(paths: Iterable[Path], root: Path) -> dict[Path, dict[str
         with locked(sidecar.with_name("checksums.lock")):
             known = _read_json(sidecar)
             known |= {_name(path): {"stamp": stamps[path], **digest} for path, digest in fresh.items()}
-            write_atomically(sidecar, json.dumps(known, indent=1, sort_keys=True).encode())
+            atomic_write(sidecar, json.dumps(known, indent=1, sort_keys=True).encode())
     return {path: {kind: known[_name(path)][kind] for kind in ("sha256", "md5")} for path in stamps}
 
 

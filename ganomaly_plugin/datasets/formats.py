@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ganomaly_plugin.datasets.cache import write_atomically
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line
+from ganomaly_plugin.files import atomic_write
 
 _AGAIN = "Delete it and get it again."
 
@@ -53,7 +53,7 @@ def unpacked(path: Path) -> Path | None:
     except (OSError, EOFError, zlib.error) as error:
         raise CorruptFile(f"{archive} cannot be unpacked: {one_line(error)}. {_AGAIN}") from error
     try:
-        write_atomically(path, content)
+        atomic_write(path, content)
     except OSError as error:
         raise InvalidInput(f"{archive} cannot be unpacked beside itself: {one_line(error)}. Unpack it to {path}.") from error
     return path

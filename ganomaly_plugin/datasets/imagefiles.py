@@ -20,9 +20,10 @@ import numpy as np
 
 from ganomaly_plugin.core import canonical_json
 from ganomaly_plugin.datasets.base import ImageDataset
-from ganomaly_plugin.datasets.cache import available_cpus, cache_folder, locked
+from ganomaly_plugin.datasets.cache import available_cpus, cache_folder
 from ganomaly_plugin.datasets.decode import BadImage, check_options, decode, decode_mask, is_grey, quiet_pillow
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.files import locked
 
 _FORMAT = 1  # of the cached folder; a change of how pixels are made changes it
 _BATCH = 16  # files a task of the thread pool decodes

@@ -18,10 +18,11 @@ import numpy as np
 
 from ganomaly_plugin.datasets import torchvision_table as table
 from ganomaly_plugin.datasets.base import ROOT_VARIABLE, ImageDataset, resize
-from ganomaly_plugin.datasets.cache import cache_folder, locked, remembered_digests
+from ganomaly_plugin.datasets.cache import cache_folder, remembered_digests
 from ganomaly_plugin.datasets.formats import READERS, Part, unpacked
 from ganomaly_plugin.datasets.torchvision_table import Layout, TorchvisionSet
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.files import locked
 
 _STALL_SECONDS = 20  # without network a download gives up after this
 _CHUNK_BYTES = 1 << 20  # of uint8 pixels that are resized at once, as floats four times that

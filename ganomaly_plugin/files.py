@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, whatever crashes, fills up or writes too; locks that die with their holder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_LITTER = 3600.0  # seconds after which a part of a file is nobody's work any more
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader, or a crash, sees the old content or the new, never a part, and the new once this returns.
+
+    Several writers on several machines may write the same path at once: each has a partial file of its own, and the last
+    rename wins.
+
+    Raises:
+        OSError: The disk is full, read-only, or gone; `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, on systems where a folder can be synced."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep_out(folder: Path) -> None:
+    """Remove parts of files in `folder` that writers who were killed left behind."""
+    for partial in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _LITTER:
+                partial.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on `path`, a folder or a lock file, so that of many processes one goes on and the others wait for it.
+
+    Where the file system has no locks, or the system no fcntl, nothing waits: what is locked must then be merely repeated.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released when it is closed, by the end of its process too
+        yield
+    finally:
+        os.close(handle)
