@@ -14,7 +14,7 @@ from typing import Any
 
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import CannotStore
-from ganomaly_plugin.files import locked, sweep_out
+from ganomaly_plugin.files import locked_folder, sweep_out
 
 HEARTBEAT = 10.0  # seconds between signs of life
 EXPIRY = 120.0  # seconds without one, after which a claim from another machine is void
@@ -34,7 +34,7 @@ class Claims:
         self._held: dict[Path, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._me = {"host": this_machine(), "pid": os.getpid(), "started": started(os.getpid())}
+        self._me = {"host": this_host(), "system": this_system(), "pid": os.getpid(), "started": started(os.getpid())}
 
     def __enter__(self) -> Claims:
         self._make_folder()
@@ -106,7 +106,7 @@ class Claims:
         """Put a claim of ours in the place of a void one: of several runners that saw it, one."""
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.folder))  # those of this machine, one after another
+                stack.enter_context(locked_folder(self.folder))  # those of this machine, one after another
             except FileNotFoundError:
                 return False
             void = self._void(path)
@@ -130,7 +130,7 @@ class Claims:
         claim = _read(path)
         if claim is None:
             return None
-        if claim.get("host") == self._me["host"] and isinstance(claim.get("pid"), int):
+        if self._is_near(claim):
             return None if is_alive(claim["pid"], claim.get("started")) else claim
         try:
             age = self._now() - path.stat().st_mtime
@@ -140,6 +140,11 @@ class Claims:
         limit = EXPIRY if claim else HEARTBEAT
         return claim if age > limit else None
 
+    def _is_near(self, claim: dict[str, Any]) -> bool:
+        """Whether the claim's process number means something to this process."""
+        same = claim.get("host") == self._me["host"] and claim.get("system", self._me["system"]) == self._me["system"]
+        return same and isinstance(claim.get("pid"), int)
+
     def _remove(self, path: Path, claim: dict[str, Any]) -> None:
         """Remove `claim`, unless somebody who took us for dead has put another in its place."""
         with contextlib.suppress(OSError):  # where nothing can be written, it ends with this process
@@ -148,9 +153,9 @@ class Claims:
 
     def _bury(self) -> None:
         """Remove what runners of this machine who were killed have left: nobody may want to take those jobs again."""
-        with contextlib.suppress(OSError), locked(self.folder):
+        with contextlib.suppress(OSError), locked_folder(self.folder):
             for path in self.folder.glob("*.json"):
-                if (_read(path) or {}).get("host") == self._me["host"] and self._void(path) is not None:
+                if self._is_near(_read(path) or {}) and self._void(path) is not None:
                     path.unlink(missing_ok=True)
 
     def _now(self) -> float:
@@ -182,9 +187,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return claim if isinstance(claim, dict) else {}
 
 
-def this_machine() -> str:
-    """What tells machines apart whose process numbers mean different things: host name, boot, and container."""
-    parts = [socket.gethostname()]
+def this_host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
+
+
+def this_system() -> str:
+    """What tells systems of one name apart whose process numbers mean different things: the boot, and the container."""
+    parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     with contextlib.suppress(OSError):

@@ -54,8 +54,8 @@ def sweep_out(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on `path`, a folder or a lock file, so that of many processes one goes on and the others wait for it.
+def locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[None]:
+    """Hold a lock on the file `path`, so that of many processes one goes on and the others wait for it.
 
     Where the file system has no locks, or the system no fcntl, nothing waits: what is locked must then be merely repeated.
     """
@@ -64,10 +64,15 @@ def locked(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(path, flags, 0o666)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)  # released when it is closed, by the end of its process too
         yield
     finally:
         os.close(handle)
+
+
+def locked_folder(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Likewise on a folder, which must exist: FileNotFoundError otherwise."""
+    return locked(path, os.O_RDONLY)

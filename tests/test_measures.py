@@ -36,7 +36,7 @@ def outcome(
     data: dict | None = None,
 ) -> Outcome:
     """A finished job with drawn scores: anomalies lie `shift` standard deviations above normal images."""
-    job = Job(detector, {}, dataset, data or {"image_size": 32}, protocol, category, seed, 15, sampling or {}, detector)
+    job = Job(detector, {}, dataset, data or {"image_size": 32}, protocol, category, seed, 15, sampling or {}, label=detector)
     rng = np.random.default_rng([int(job.key[:8], 16)])
     truth = np.arange(n) < n // 3
     score = rng.normal(shift * truth, 1.0)
