@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ganomaly_plugin import __version__
-from ganomaly_plugin.errors import BenchError, one_line, unknown
+from ganomaly_plugin.errors import BenchError, CannotStore, one_line, unknown
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.selection import split_list
 
-EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -200,7 +201,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` and return its exit code: 0 done, 1 something failed, 2 usage, 130 interrupted."""
+    """Run the command line `argv` and return its exit code: 0 done, 1 something failed or could not be stored, 2 usage, 130 interrupted."""
     from jsonargparse import ArgumentError
 
     words = sys.argv[1:] if argv is None else list(argv)
@@ -210,20 +211,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return int(getattr(commands, arguments.command.replace("-", "_"))(arguments[arguments.command]))
     except ArgumentError as error:
-        return _usage(_readable(error, words))
+        return _stop(_readable(error, words))
+    except CannotStore as error:
+        return _stop(one_line(error), EXIT_FAILED)
     except BenchError as error:
-        return _usage(one_line(error))
+        return _stop(one_line(error))
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of stdout, such as head, has gone
         sys.stdout = None
         return EXIT_OK
+    except OSError as error:  # a file or disk that fails where no command expects it
+        where = f": {error.filename}" if error.filename else ""
+        return _stop(f"{error.strerror or one_line(error)}{where}. Mend that and start again.", EXIT_FAILED)
+    except RecursionError:
+        return _stop("Input is nested too deeply. Give a flat config, and options of at most a few levels.")
 
 
-def _usage(text: str) -> int:
-    print(f"bench: error: {text}", file=sys.stderr)
-    return EXIT_USAGE
+def _stop(text: str, code: int = EXIT_USAGE) -> int:
+    print(f"bench: error: {printable(text)}", file=sys.stderr)
+    return code
 
 
 def _readable(error: Exception, words: Sequence[str]) -> str:
