@@ -70,6 +70,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")
     parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 1)")
     parser.add_argument("--on_bad_image", "--on-bad-image", type=str, help="fail or skip, for data sets that read image files")
+    parser.add_argument("--trust", type=names, help="modules whose class paths a --config may name, such as my_package")
     parser.add_argument("--limit", type=int, help="only the first so many jobs")
     parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
@@ -201,7 +202,10 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` and return its exit code: 0 done, 1 something failed or could not be stored, 2 usage, 130 interrupted."""
+    """Run the command line `argv` and return its exit code.
+
+    0: done. 1: something failed or could not be stored. 2: usage. 130: interrupted.
+    """
     from jsonargparse import ArgumentError
 
     words = sys.argv[1:] if argv is None else list(argv)
@@ -209,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(words)
         from ganomaly_plugin import commands
 
-        return int(getattr(commands, arguments.command.replace("-", "_"))(arguments[arguments.command]))
+        options = arguments[arguments.command]
+        options.words = words  # what the user wrote, as opposed to what a config says
+        return int(getattr(commands, arguments.command.replace("-", "_"))(options))
     except ArgumentError as error:
         return _stop(_readable(error, words))
     except CannotStore as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord, canonical_json
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.store import Store
 
 #: Packages whose version may move a result.
@@ -172,7 +173,7 @@ class Comparison:
                 found.append(f"{title.replace('_', ' ')}: {len(entries)}")
                 found += [f"  {line}" for line in entries[:_SHOWN]]
                 found += [f"  and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-        return found
+        return list(map(printable, found))
 
 
 def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selection, show
 
 DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous/strict-v1"], "seeds": [0], "device": "auto"}
@@ -51,9 +52,14 @@ def _print_section(title: str, lines: dict[str, str]) -> bool:
 def experiment_from(options: Any) -> Any:
     """The `Experiment` of `bench run`'s options: the quickstart unless --config or --datasets is given."""
     from ganomaly_plugin.config import Experiment
+    from ganomaly_plugin.trust import check_class_paths, check_out, on_command_line
 
     given = {key: value for key, value in vars(options).items() if value is not None}
-    configs = given.pop("config", None)
+    configs, words, trusted = given.pop("config", None), given.pop("words", []), given.pop("trust", [])
+    if trusted and not on_command_line("--trust", words):
+        raise InvalidInput("trust is for the command line, not for a config. Leave it out there, and write --trust MODULE.")
+    if configs and "out" in given and not on_command_line("--out", words):
+        check_out(str(given["out"]), map(str, configs))
     for flag in ("dry_run", "retry_failed", "fail_fast", "logger", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
@@ -66,6 +72,10 @@ def experiment_from(options: Any) -> Any:
     merged["hparams"] = parse_options(hparams) if isinstance(hparams, str) else _mapping(hparams)
     merged["models"] = [parse_selection(item, "model") for item in merged["models"]]
     merged["datasets"] = [parse_selection(item, "data set") for item in merged["datasets"]]
+    if configs:
+        own = [word for word in words if not any(str(config) in word for config in configs)]
+        for kind, key in (("detector", "models"), ("data set", "datasets")):
+            check_class_paths(kind, [selection.name for selection in merged[key]], trusted, own)
     merged["seeds"] = parse_seeds(merged["seeds"])
     return Experiment(**merged)
 
@@ -78,12 +88,12 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def run(options: Any) -> int:
-    """Run a sweep: 0 all done, 1 a job failed, 130 interrupted; tables on stdout, progress on stderr."""
+    """Run a sweep: 0 all done, 1 a job failed or cannot be stored, 130 interrupted; tables on stdout, progress on stderr."""
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
-    from ganomaly_plugin.report.writers import to_text, write_tables
+    from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.store import Store
 
@@ -128,11 +138,12 @@ def run(options: Any) -> int:
         print("interrupted: finished jobs are kept; the same command goes on from here", file=sys.stderr)
         if executor.parting:
             print(executor.parting, file=sys.stderr)
-    tables = write_tables(store)
-    print(to_text(tables), end="")
-    failed = [record for record in store.records() if record.status == "failed" and record.job in jobs]
+    everything, mine = store.records(), {job.key for job in jobs}
+    print(to_text(tables_of(everything)), end="")
+    failed = [record for record in everything if record.status == "failed" and record.job.key in mine]
     for record in failed:
-        print(f"failed: {record.job.slug}: {record.error}", file=sys.stderr)
+        print(printable(f"failed: {record.job.slug}: {record.error}"), file=sys.stderr)
+    write_tables(store, everything)
     print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md, cost.md ({elapsed(began)})", file=sys.stderr)
     if interrupted:
         return 130
@@ -143,7 +154,7 @@ def _print_plan(plan: Any, out: Path) -> int:
     status = {**{r.job.key: "done" for r in plan.done}, **{r.job.key: "failed" for r in plan.failed}}
     for job in plan.jobs:
         state = status.get(job.key, "missing")
-        print(f"{state:9}{job.title} · {job.key}")
+        print(printable(f"{state:9}{job.title} · {job.key}"))
     counts = Counter(status.get(job.key, "missing") for job in plan.jobs)
     listed = ", ".join(f"{counts.get(state, 0)} {state}" for state in ("done", "failed", "missing"))
     print(f"{len(plan.jobs)} jobs: {listed} (in {out})")
@@ -181,14 +192,16 @@ def report(options: Any) -> int:
 def merge(options: Any) -> int:
     """Make one results folder out of several, and write its tables."""
     from ganomaly_plugin.combine import merge as merge_folders
-    from ganomaly_plugin.report.writers import to_text, write_tables
+    from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.store import Store
 
     merged = merge_folders(options.results, options.out, keep=options.keep)
     store = Store(options.out)
-    print(to_text(write_tables(store)), end="")
+    records = store.records()
+    print(to_text(tables_of(records)), end="")
+    write_tables(store, records)
     for remark in merged.remarks:
-        print(remark, file=sys.stderr)
+        print(printable(remark), file=sys.stderr)
     print(f"{merged.copied} records copied to {store.folder}; {merged.shared} jobs were in several folders", file=sys.stderr)
     return 0
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import enum
 import inspect
+import re
+import typing
+from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, unknown
@@ -34,7 +39,12 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, as_group=False, fail_untyped=False)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in hparams.items()}
+    hints = _hints(cls)
     for key, value in plain.items():
+        if _would_import(hints.get(key), value):
+            if str in _leaves(hints.get(key)) and isinstance(value, str):
+                continue  # text is what it may be: the parser would rather look for a class of that name
+            raise InvalidInput(f"{name}: {key} is {value!r}, and a class path is imported nowhere here. Give a plain value.")
         try:
             parsed = parser.parse_object({key: value}, defaults=False)
         except (ArgumentError, TypeError, ValueError) as error:
@@ -42,6 +52,54 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
             raise InvalidInput(f"{name}: {key} must be {allowed}, got {value!r}.") from error
         plain[key] = parsed[key]
     return plain
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of the constructor's arguments; {} where they cannot be told."""
+    try:
+        signature = inspect.signature(cls)
+        known = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else getattr(cls, "__init__"))  # noqa: B009
+    except Exception:  # a name that is imported for type checkers only
+        return {}
+    found = {p.name: known.get(p.name, p.annotation) for p in signature.parameters.values()}
+    return {key: hint for key, hint in found.items() if hint is not inspect.Parameter.empty}
+
+
+def _leaves(hint: Any) -> set[Any]:
+    """The types that a union or container is made of."""
+    inner = [part for part in typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal]
+    return {leaf for part in inner for leaf in _leaves(part)} | {typing.get_origin(hint) or hint}
+
+
+def _would_import(hint: Any, value: Any) -> bool:
+    """Whether the parser would import a module that `value` names: it does where a class or function is wanted."""
+    if isinstance(value, dict):
+        return "class_path" in value or any(_would_import(None, part) for part in value.values())
+    if isinstance(value, list):
+        return any(_would_import(hint, part) for part in value)
+    if not isinstance(value, str) or not re.fullmatch(r"\w+([.:]\w+)+", value):
+        return False
+    return any(
+        leaf is collections.abc.Callable or (isinstance(leaf, type) and leaf not in _PLAIN and not issubclass(leaf, enum.Enum))
+        for leaf in _leaves(hint)
+    )
+
+
+_PLAIN = {
+    str,
+    int,
+    float,
+    bool,
+    complex,
+    list,
+    tuple,
+    dict,
+    set,
+    type(None),
+    Path,
+    collections.abc.Sequence,
+    collections.abc.Mapping,
+}
 
 
 def canonical_hparams(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.core import Job, RunRecord, canonical_json
+from ganomaly_plugin.errors import InvalidInput
 
 FORMATS = (1, 2)  # of records; this version writes the last
 CHECKSUM = "checksum"
@@ -65,6 +66,16 @@ def sealed(content: Mapping[str, Any]) -> bytes:
     """
     plain = json.loads(json.dumps(content, allow_nan=False))  # as a reader will see it: tuples are lists, keys are text
     return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1).encode() + b"\n"
+
+
+def check_storable(record: RunRecord) -> None:
+    """Raise InvalidInput when `record` holds what JSON has no form for, as a detector's own facts may."""
+    try:
+        sealed(record.to_dict())
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"describe() or history_ holds what a record cannot: {error}. Return plain finite numbers, text, lists and dicts."
+        ) from error
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

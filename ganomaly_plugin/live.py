@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ganomaly_plugin.core import Job, RunRecord, canonical_json
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.estimate import clock, expected_seconds, job_left, kind_of, sweep_left
 from ganomaly_plugin.progress import Follower, describe
 from ganomaly_plugin.report.frame import split_category
@@ -240,3 +241,8 @@ def losses_text(status: Status, room: int) -> str:
             break
         text = longer
     return text
+
+
+def escape(text: str) -> str:
+    """`text` without control characters, and without meaning as rich's markup."""
+    return escape_markup(printable(text))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.escape import printable
 
 if TYPE_CHECKING:
     from ganomaly_plugin.runner import Plan
@@ -19,6 +20,10 @@ STATUS_FOLDER = "running"  # in a results folder, while somebody watches
 
 def describe(record: RunRecord) -> str:
     """One line for a finished job."""
+    return printable(_described(record))
+
+
+def _described(record: RunRecord) -> str:
     job = record.job
     where = f"{job.label or job.detector} · {job.dataset} · class {job.category} · seed {job.seed}"
     if record.status == "failed":

@@ -11,7 +11,9 @@ import fnmatch
 import functools
 import importlib
 import os
+import sys
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
@@ -73,17 +75,21 @@ DATASETS = (
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
 
 
+@functools.lru_cache(maxsize=8)
+def _points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of `group` of what is installed in `path`, which is slow to look through for every job."""
+    return tuple(entry_points(group=group))
+
+
 def entries(kind: str) -> dict[str, Entry]:
     """All registered entries of `kind` ("detector" or "data set") by name, those of other packages included.
 
     Raises:
         InvalidInput: Two packages claim one name.
     """
-    from importlib.metadata import entry_points
-
     group, builtins = _GROUPS[kind]
     found = {entry.name: entry for entry in builtins}
-    for point in entry_points(group=group):
+    for point in _points(group, tuple(sys.path)):
         source = point.dist.name if point.dist else "an unnamed package"
         known = found.get(point.name)
         if known is not None and (known.target, known.source) != (point.value, source):
@@ -93,6 +99,13 @@ def entries(kind: str) -> dict[str, Entry]:
             )
         found[point.name] = Entry(point.name, point.value, f"from {source}", source)
     return found
+
+
+def is_registered(kind: str, name: str) -> bool:
+    """Whether `name` is registered, itself or as a member of a family: resolving it imports no class path."""
+    known = entries(kind)
+    family, colon, _ = name.partition(":")
+    return name in known or (bool(colon) and family + colon in known)
 
 
 def list_detectors(pattern: str = "*") -> list[str]:

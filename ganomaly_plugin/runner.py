@@ -18,6 +18,7 @@ from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
@@ -52,7 +53,9 @@ def run_job(job: Job, settings: Settings) -> Outcome:
     began = time.perf_counter()
     try:
         with JobStatus(settings.status, job) as status:
-            return _run(job, settings, status)
+            outcome = _run(job, settings, status)
+        check_storable(outcome.record)
+        return outcome
     except Exception as error:  # a detector may raise anything, and the sweep goes on
         trace = None if isinstance(error, BenchError) else traceback.format_exc()
         return failure(job, one_line(error), time.perf_counter() - began, settings, trace)

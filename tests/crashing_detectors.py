@@ -39,3 +39,10 @@ class Slow(Sound):
         with (Path(os.environ["BENCH_TEST_FOLDER"]) / "fits").open("a") as file:
             file.write(f"{seed}\n")
         super()._fit(images, seed=seed, **options)
+
+
+class Describes(Sound):
+    """Says something of itself that JSON has no form for."""
+
+    def describe(self):
+        return {"loss": float("nan")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import CannotStore, InvalidInput, unknown
 from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
 from ganomaly_plugin.report.decisions import decision_reports
 from ganomaly_plugin.report.measures import check_fpr, check_metrics, measured_frame
@@ -41,7 +41,7 @@ def tables(options: Any) -> int:
         raise InvalidInput(f"against must be published, got {options.against!r}.")
     check_fpr(options.fpr)
     store = Store(options.results)
-    records = finished(store)
+    records = everything = finished(store)
     if options.report and options.scores:
         raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
     if options.report:
@@ -54,8 +54,11 @@ def tables(options: Any) -> int:
     made += summarise(made)
     if options.against:
         made = against_published(made)
-    write_tables(store)
     print(WRITERS[options.format](made), end="")
+    try:
+        write_tables(store, everything)
+    except CannotStore as error:  # results on a read-only disk can be looked at all the same
+        print(f"bench: {error}", file=sys.stderr)
     return 0
 
 

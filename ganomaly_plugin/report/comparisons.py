@@ -10,6 +10,7 @@ import numpy as np
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, one_line, unknown
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.report.measures import METRICS, measured_frame
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.statistics import (
@@ -192,15 +193,15 @@ def comparison_text(comparison: Comparison) -> str:
         )
     if comparison.why_no_pairs:
         lines.append(f"  {comparison.why_no_pairs}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:
     """Friedman's test, or why there is none, as lines for a terminal."""
     if tested is None:
-        return f"{protocol}: {why}"
+        return printable(f"{protocol}: {why}")
     ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in sorted(tested.ranks.items(), key=lambda item: item[1]))
-    return (
+    return printable(
         f"{protocol}: Friedman over {tested.n} data sets: chi2 = {tested.chi2:.2f}, Iman-Davenport F = {tested.f:.2f}, "
         f"p = {tested.p:.4f}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ganomaly_plugin.escape import markdown_escape
 from ganomaly_plugin.report.frame import GROUP
 
 COLUMNS = [
@@ -34,7 +35,7 @@ def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
     done = runs[runs["status"] == "done"]
 
     def column(name: str) -> pd.Series:
-        return done[name].astype(float) if name in done else pd.Series(float("nan"), index=done.index)
+        return pd.to_numeric(done[name], errors="coerce") if name in done else pd.Series(float("nan"), index=done.index)
 
     tested = column("counts.test_normal") + column("counts.test_anomalous")
     measured = {
@@ -58,7 +59,7 @@ def cost_markdown(costs: pd.DataFrame) -> str:
     """The costs as a Markdown table; what a detector does not tell is left empty."""
     rows = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in costs.itertuples(index=False):
-        texts = [cost_text(value).replace("|", "\\|") for value in row]
+        texts = [markdown_escape(cost_text(value)) for value in row]
         rows.append("| " + " | ".join(texts) + " |")
     return "\n".join(rows) + "\n"
 

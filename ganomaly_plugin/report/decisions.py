@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.metrics import classification_report
 
 from ganomaly_plugin.core import RunRecord, canonical_json
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.metrics import threshold_at
 from ganomaly_plugin.report.frame import split_category
 from ganomaly_plugin.report.tables import describe_data
@@ -47,7 +48,7 @@ def _report(store: Store, key: tuple[str, ...], group: list[RunRecord], false_po
         thresholds.append(threshold)
         sizes.append(len(arrays["reference_score"]))
     is_anomaly, is_called = np.concatenate(truth), np.concatenate(called)
-    origin = "/".join(sorted({str(record.reference) for record in group}))
+    origin = printable("/".join(sorted({str(record.reference) for record in group})))
     reached = float(is_called[~is_anomaly].mean())
     span = (
         f"{min(thresholds):.4g}"
@@ -55,7 +56,7 @@ def _report(store: Store, key: tuple[str, ...], group: list[RunRecord], false_po
         else f"{min(thresholds):.4g} to {max(thresholds):.4g}, one for each of {len(group)} jobs"
     )
     lines = [
-        ", ".join(key),
+        printable(", ".join(key)),
         f"threshold for a false-positive rate of {false_positive_rate:g} on {origin} normal images "
         f"({min(sizes)} or more): {span}",
         f"false-positive rate on the test set: {reached:.3f}",

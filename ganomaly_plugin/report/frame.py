@@ -15,6 +15,8 @@ ANOMALY = "anomaly"  # the class that all defects of a category share
 #: What rows of one table must share: AUROCs of different data or protocols do not compare.
 GROUP = ["dataset", "data", "protocol", "sampling"]
 
+_FIXED = {"detector", "class", "seed", "status", "epochs", "error", "name", "key", "split_digest", "reference", *GROUP}
+
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """One row a job with everything its record holds, nested fields as `group.name` columns, in a fixed order."""
@@ -29,7 +31,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "class": category,
             "seed": job.seed,
             "status": record.status,
-            **record.metrics,
+            **{name: value for name, value in record.metrics.items() if name not in _FIXED},
             "epochs": job.epochs,
             "error": record.error,
             "name": job.detector,
@@ -53,7 +55,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 def split_category(job: Job) -> tuple[dict[str, Any], str]:
     """The data options and the class as tables show them: the categories of MVTec AD and its like are classes there."""
     data = dict(job.data)
-    part = data.pop("category", "")
+    part = str(data.pop("category", "") or "")
     if not part:
         return dict(job.data), job.category
     return data, part if job.category == ANOMALY else f"{part}/{job.category}"

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from ganomaly_plugin.datasets.base import default_options
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.registry import is_registered
 from ganomaly_plugin.report.frame import GROUP, check_comparable
 from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, check_metrics
 
@@ -162,7 +163,7 @@ def describe_data(dataset: str, data: str, sampling: str) -> str:
     size = options.pop("image_size", None)
     words = [dataset] + ([f"{size}×{size}"] if size else [])
     try:
-        usual = default_options(dataset)
+        usual = default_options(dataset) if is_registered("data set", dataset) else {}  # a record's name imports nothing else
     except InvalidInput:  # the records are of a data set that is not installed here
         usual = {}
     options = {key: value for key, value in options.items() if key not in usual or value != usual[key]}

@@ -4,49 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.errors import CannotStore
+from ganomaly_plugin.escape import latex_escape, markdown_escape, printable, spreadsheet_safe
+from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import MEAN, Cell, Reference, Table, make_tables, summarise
-from ganomaly_plugin.store import Store, atomic_write
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "×": r"$\times$",
-    "±": r"$\pm$",
-}
-
-
-def latex_escape(text: str) -> str:
-    """`text` as LaTeX prints it, with any character that pdflatex's default set-up lacks replaced by `?`."""
-    return "".join(_LATEX.get(char, char if char.isascii() and char.isprintable() else "?") for char in text)
-
-
-def markdown_escape(text: str) -> str:
-    """`text` safe inside a Markdown table cell."""
-    plain = "".join(char if char.isprintable() else "?" for char in text)
-    for char in "\\|*_<>`[]":
-        plain = plain.replace(char, f"\\{char}")
-    return plain
-
-
-def spreadsheet_safe(value: object) -> object:
-    """Text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+from ganomaly_plugin.store import Store
 
 
 def cell_text(cell: Cell, plus_minus: str = "±") -> str:
@@ -94,13 +63,13 @@ def to_text(tables: Sequence[Table]) -> str:
             grid.append([row, *marked, *rank_cell(average, row)])
         padding = [""] if average else []
         grid += [[reference.label, *reference_cells(table, reference), *padding] for reference in table.references]
-        safe = [["".join(ch if ch.isprintable() else "?" for ch in text) for text in line] for line in grid]
+        safe = [[printable(text) for text in line] for line in grid]
         widths = [max(len(line[k]) for line in safe) for k in range(len(safe[0]))]
         lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in safe]
         rule = "-" * max(len(line) for line in lines)
         own = 1 + len(table.rows)
-        below = [rule, *lines[own:], *notes(table)] if table.references else []
-        blocks.append("\n".join([caption(table), lines[0], rule, *lines[1:own], *below]) + "\n")
+        below = [rule, *lines[own:], *map(printable, notes(table))] if table.references else []
+        blocks.append("\n".join([printable(caption(table)), lines[0], rule, *lines[1:own], *below]) + "\n")
     return "\n".join(blocks)
 
 
@@ -162,7 +131,7 @@ def to_csv(tables: Sequence[Table]) -> str:
             line = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "detector": reference.label}
             line |= reference_values(table, reference)
             rows.append({**line, "source": reference.source, "reliability": reference.reliability})
-    return _csv(pd.DataFrame([{key: spreadsheet_safe(value) for key, value in row.items()} for row in rows]))
+    return _csv(pd.DataFrame(rows))
 
 
 def to_json(tables: Sequence[Table]) -> str:
@@ -229,7 +198,12 @@ def notes(table: Table) -> list[str]:
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    return "" if frame.empty else frame.to_csv(index=False, lineterminator="\n")
+    """The frame as CSV, none of whose cells a spreadsheet takes for a formula."""
+    if frame.empty:
+        return ""
+    text = frame.select_dtypes(exclude=["number", "bool"]).columns
+    safe = frame.assign(**{name: frame[name].map(spreadsheet_safe) for name in text})
+    return safe.rename(columns=lambda name: str(spreadsheet_safe(str(name)))).to_csv(index=False, lineterminator="\n")
 
 
 def _md_row(cells: Sequence[str]) -> str:
@@ -261,14 +235,30 @@ WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
 }
 
 
-def write_tables(store: Store, metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
-    """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables."""
-    frame = runs_frame(store.records())
-    tables = make_tables(frame, metrics)
-    tables += summarise(tables)
-    safe = frame.map(spreadsheet_safe) if not frame.empty else frame
-    atomic_write(store.folder / "runs.csv", _csv(safe).encode())
-    atomic_write(store.folder / "cost.md", cost_markdown(cost_frame(frame)).encode())
-    for name, write in (("auc.csv", to_csv), ("auc.tex", to_latex), ("auc.md", to_markdown)):
-        atomic_write(store.folder / name, write(tables).encode())
+def tables_of(records: Iterable[RunRecord], metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
+    """The tables of `metrics`, and a summary over data sets where there are several."""
+    tables = make_tables(runs_frame(records), metrics)
+    return tables + summarise(tables)
+
+
+def write_tables(store: Store, records: Sequence[RunRecord] | None = None) -> list[Table]:
+    """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables.
+
+    Args:
+        store: The results folder.
+        records: Its records, where they have been read before.
+
+    Raises:
+        CannotStore: The folder cannot be written.
+    """
+    records = store.records() if records is None else records
+    frame, tables = runs_frame(records), tables_of(records)
+    files = {"runs.csv": _csv(frame), "cost.md": cost_markdown(cost_frame(frame))}
+    files |= {"auc.csv": to_csv(tables), "auc.tex": to_latex(tables), "auc.md": to_markdown(tables)}
+    try:
+        for name, text in files.items():
+            atomic_write(store.folder / name, text.encode())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CannotStore(f"Cannot write tables to {store.folder}: {reason}. The records are kept; mend that.") from error
     return tables

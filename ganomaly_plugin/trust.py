@@ -1,0 +1,53 @@
+"""What a config file may make `bench run` do that its user did not write: no code of its choice, and no folder of its choice.
+
+A config travels: it is downloaded, mailed, published. The command line is the user's own word. So a class path that a config
+names is imported only when the command line names its module too, and a folder that a config writes to lies below the
+working directory or the config's own. Registered names, `anomalib:NAME` and anomalib's own class paths need no trust: they
+stand for code that is installed under a name that its package chose.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.registry import is_registered
+
+
+def on_command_line(option: str, words: Sequence[str]) -> bool:
+    """Whether the words of a command line set `option`, such as "--out"."""
+    return any(word == option or word.startswith(f"{option}=") for word in words)
+
+
+def check_class_paths(kind: str, names: Iterable[str], trusted: Iterable[str], words: Sequence[str]) -> None:
+    """Raise InvalidInput for a class path that only a config names.
+
+    Args:
+        kind: "detector" or "data set".
+        names: Of a sweep's detectors or data sets, wherever they come from.
+        trusted: Modules that --trust names.
+        words: Of the command line.
+    """
+    roots = ("ganomaly_plugin", *trusted)
+    for name in names:
+        module, colon, attribute = name.partition(":")
+        if not colon or not attribute or is_registered(kind, name) or any(name in word for word in words):
+            continue
+        if not any(module == root or module.startswith(f"{root}.") for root in roots):
+            raise InvalidInput(
+                f"The config names the class path {name!r}, and a config imports nothing by itself. If you trust that code, "
+                f"add --trust {module}."
+            )
+
+
+def check_out(out: str, configs: Iterable[str]) -> None:
+    """Raise InvalidInput when `out`, from a config, lies neither below the working directory nor beside the config."""
+    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links that the user made, to a larger disk say
+    places = [Path.cwd(), *(Path(os.path.abspath(config)).parent for config in configs)]  # noqa: PTH100
+    if not any(place in target.parents for place in places):
+        raise InvalidInput(
+            f"The config's out is {out!r}; a config writes only below the working directory or its own folder. "
+            "Give --out on the command line."
+        )
