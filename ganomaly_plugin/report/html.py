@@ -114,7 +114,7 @@ def _environment() -> Any:
 
 def write_report(results: Results, out: Path) -> int:
     """Write the page to `out` and return its size in bytes."""
-    from ganomaly_plugin.store import atomic_write
+    from ganomaly_plugin.files import atomic_write
 
     if not out.parent.is_dir() or out.is_dir():
         raise InvalidInput(f"Cannot write {out}. Give --out a file in a folder that exists, such as report.html.")

@@ -14,6 +14,7 @@ import torch
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.hparams import default_hparams
 from ganomaly_plugin.provenance import cpu_name, versions
 from ganomaly_plugin.recipe import Precision
@@ -23,7 +24,6 @@ from ganomaly_plugin.speed.measure import Row, recipe_of, time_scoring, time_tra
 from ganomaly_plugin.speed.peers import PEERS
 from ganomaly_plugin.speed.timing import WARM_UP
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting
-from ganomaly_plugin.store import atomic_write
 
 MEASURES = ("training", "scoring")
 _MEBI = 2**20

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.store import atomic_write
+from ganomaly_plugin.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
