@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -167,6 +168,24 @@ def test_published_numbers_are_refused(tmp_path: Path, bench, changes: dict, mes
     store = fill(tmp_path / "out", [outcome("ganomaly", **{"category": "bird", **changes})])
     code, _, err = bench("tables", store.folder, "--against", "published")
     assert code == 2 and message in err, err
+
+
+def test_tables_of_other_protocols_are_named(tmp_path: Path, bench) -> None:
+    made = [outcome("ganomaly", "bird", protocol=f"one-anomalous/{p}") for p in ("paper-v1", "strict-v1")]
+    store = fill(tmp_path / "out", made)
+    code, out, err = bench("tables", store.folder, "--against", "published", "--format", "csv")
+    assert code == 0 and err.count("are not put beside these") == 1 and "strict-v1: published numbers are of" in err
+    frame = pd.read_csv(io.StringIO(out), dtype=str)
+    assert set(frame["seeds"].dropna()) == {"1"} and frame["source"].notna().sum() == 4
+    assert set(frame[frame["source"].notna()]["protocol"]) == {"one-anomalous/paper-v1"}
+
+
+def test_measures_that_no_job_took(tmp_path: Path, bench) -> None:
+    store = fill(tmp_path / "out", [outcome("ganomaly", "bird")])
+    code, _, err = bench("tables", store.folder, "--metrics", "aupro,pixel_auroc")
+    assert code == 2 and "No job has aupro, pixel_auroc: it is taken while a job runs" in err
+    code, out, err = bench("tables", store.folder, "--metrics", "aupro,eer")
+    assert code == 0 and out.count("detector") == 1 and "equal error rate" in out and "no job has aupro" in err
 
 
 def test_published_needs_auroc(tmp_path: Path, bench) -> None:

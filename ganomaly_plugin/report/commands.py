@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import CannotStore, InvalidInput, unknown
 from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
 from ganomaly_plugin.report.decisions import decision_reports
-from ganomaly_plugin.report.measures import check_fpr, check_metrics, measured_frame
+from ganomaly_plugin.report.measures import METRICS, check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
-from ganomaly_plugin.report.published import against_published
+from ganomaly_plugin.report.published import against_published, left_alone
 from ganomaly_plugin.report.results import Results
-from ganomaly_plugin.report.tables import make_tables, summarise
+from ganomaly_plugin.report.tables import Table, make_tables, summarise
 from ganomaly_plugin.report.writers import WRITERS, write_tables
 from ganomaly_plugin.store import Store
 
@@ -49,17 +50,40 @@ def tables(options: Any) -> int:
         return 0
     if options.scores:
         records, remarks = by_score(store, records, options.scores, options.metrics, options.fpr)
-        print(*remarks, sep="\n", end="\n" if remarks else "", file=sys.stderr)
+        tell(remarks)
     made = make_tables(measured_frame(store, records, options.metrics, options.fpr), options.metrics, fpr=options.fpr)
+    made, lacking = measured(made)
+    tell(lacking)
     made += summarise(made)
     if options.against:
         made = against_published(made)
+        tell(left_alone(made))
     print(WRITERS[options.format](made), end="")
     try:
         write_tables(store, everything)
     except CannotStore as error:  # results on a read-only disk can be looked at all the same
         print(f"bench: {error}", file=sys.stderr)
     return 0
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Remarks for people, on stderr."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def measured(made: Sequence[Table]) -> tuple[list[Table], list[str]]:
+    """The tables `made` without those of a measure that no job took, and a line for each of these.
+
+    Raises:
+        InvalidInput: None is left.
+    """
+    empty = [table for table in made if METRICS[table.metric].measure is None and not table.rows]
+    why = "it is taken while a job runs, from anomaly maps and the data set's masks, or after each epoch under paper-v1"
+    if len(empty) == len(made):
+        raise InvalidInput(f"No job has {', '.join(dict.fromkeys(table.metric for table in made))}: {why}.")
+    lines = [f"{table.dataset}, {table.protocol}: no job has {table.metric}; {why}" for table in empty]
+    return [table for table in made if table not in empty], lines
 
 
 def stats(options: Any) -> int:

@@ -37,6 +37,19 @@ def against_published(tables: Sequence[Table]) -> list[Table]:
     return joined
 
 
+def left_alone(tables: Sequence[Table]) -> list[str]:
+    """One line for each of `tables` whose data set has published numbers, but of another protocol."""
+    known = published_frame()
+    lines = []
+    for table in tables:
+        theirs = sorted(known[known["dataset"] == table.where[0]]["protocol"].unique())
+        if table.metric in _COMPARED and theirs and table.protocol not in theirs:
+            lines.append(
+                f"{table.dataset}, {table.protocol}: published numbers are of {', '.join(theirs)} and are not put beside these"
+            )
+    return list(dict.fromkeys(lines))
+
+
 def _references(table: Table) -> tuple[Reference, ...]:
     dataset, data, sampling = table.where
     known = published_frame()

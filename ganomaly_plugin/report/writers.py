@@ -131,7 +131,9 @@ def to_csv(tables: Sequence[Table]) -> str:
             line = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "detector": reference.label}
             line |= reference_values(table, reference)
             rows.append({**line, "source": reference.source, "reliability": reference.reliability})
-    return _csv(pd.DataFrame(rows))
+    frame = pd.DataFrame(rows)
+    counts = {"seeds", *(f"{column}_n" for table in tables for column in table.columns)} & set(frame)
+    return _csv(frame.astype(dict.fromkeys(counts, "Int64")))  # a published row has none
 
 
 def to_json(tables: Sequence[Table]) -> str:
