@@ -20,7 +20,10 @@ DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous
 QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "preset": {"features": 16}, "out": "results/quickstart"}
 
 #: Options of `bench run` that say where jobs run, not what they are.
-WHERE = ("executor", "workers", "devices", "jobs_per_device", "timeout", "retries")
+WHERE = (
+    *("executor", "workers", "devices", "jobs_per_device", "timeout", "retries", "cpus_per_job", "gpus_per_job", "address"),
+    *("partition", "time", "memory", "max_parallel", "sbatch", "slurm_folder"),
+)
 
 
 def ls(options: Any) -> int:
@@ -90,6 +93,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 def run(options: Any) -> int:
     """Run a sweep: 0 all done, 1 a job failed or cannot be stored, 130 interrupted; tables on stdout, progress on stderr."""
     from ganomaly_plugin.config import expand
+    from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
@@ -104,7 +108,8 @@ def run(options: Any) -> int:
     from ganomaly_plugin.detectors.base import resolve_device
 
     where.check_device(experiment.device)
-    resolve_device(experiment.device)
+    if where.on_this_machine:
+        resolve_device(experiment.device)
     check_loggers(options.logger or ())
     jobs = expand(experiment)
     out = Path(experiment.out)
@@ -122,8 +127,9 @@ def run(options: Any) -> int:
         loggers.log(record)
     status = status_folder(out)
     told = None if status is None else str(status)
-    settings = Settings(device=experiment.device, data_root=experiment.data_root, status=told)
-    executor = make_executor(where, functools.partial(failure, settings=settings))
+    root = experiment.data_root if where.on_this_machine else str(data_root(experiment.data_root).resolve())
+    settings = Settings(device=experiment.device, data_root=root, status=told)
+    executor = make_executor(where, functools.partial(failure, settings=settings), store)
     interrupted = False
     try:
         records = contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings)))
@@ -136,8 +142,8 @@ def run(options: Any) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: finished jobs are kept; the same command goes on from here", file=sys.stderr)
-        if executor.parting:
-            print(executor.parting, file=sys.stderr)
+    if executor.parting:
+        print(executor.parting, file=sys.stderr)
     everything, mine = store.records(), {job.key for job in jobs}
     print(to_text(tables_of(everything)), end="")
     failed = [record for record in everything if record.status == "failed" and record.job.key in mine]

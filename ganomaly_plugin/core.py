@@ -154,8 +154,10 @@ Chunk = tuple[Job, ...]
 class Executor(Protocol):
     """Runs chunks of jobs somewhere and yields outcomes in any order; a job that fails is an outcome, not an exception."""
 
-    #: What to tell who interrupts a sweep about the jobs that were running; empty: they ended with it.
-    parting: str
+    @property
+    def parting(self) -> str:
+        """What to tell who leaves a sweep about the jobs that were running; empty: they ended with it."""
+        ...
 
     def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
         """Apply `run` to each chunk; each of its jobs has exactly one outcome."""

@@ -8,6 +8,8 @@ import os
 # torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +36,38 @@ def blobs(n: int, *, channels: int = 1, side: int = 16, seed: int = 0) -> np.nda
 
 
 @pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where crashing detectors remember things, known to this process and to those it starts."""
+    monkeypatch.setenv("BENCH_TEST_FOLDER", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real SLURM on this machine; gives its $SLURM_CONF."""
+    scripts, folder = Path(__file__).parent / "slurm", tmp_path_factory.mktemp("slurm")
+    said = subprocess.run([scripts / "start", folder], capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0, said.stderr
+    yield said.stdout.strip().partition("=")[2]
+    subprocess.run([scripts / "stop", folder], timeout=60, check=True)
+
+
+@pytest.fixture
+def slurm(slurm_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's commands reach the cluster, from here and from processes that are started here."""
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster)
+
+
+@pytest.fixture
 def bench(capsys: pytest.CaptureFixture[str]):
     """Run `bench` in this process; returns (exit code, stdout, stderr). Jobs run here too, unless the words say where."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        here = words[:1] == ("run",) and not {"--executor", "--workers", "--devices", "--retries", "--timeout"} & set(words)
+        here = words[:1] == ("run",) and not {"--executor", "--workers", "--devices", "--retries", "--timeout"} & set(
+            map(str, words)
+        )
         code = main([str(word) for word in (*words, *(("--executor", "inline") if here else ()))])
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
@@ -49,8 +77,8 @@ def bench(capsys: pytest.CaptureFixture[str]):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what reads real data sets or runs the anomalib command, unless `-m` with that marker asks for it."""
-    for marker in ("real_data", "anomalib_cli", "loggers"):
+    """Deselect what needs data sets, a cluster or minutes, unless `-m` with that marker asks for it."""
+    for marker in ("real_data", "anomalib_cli", "loggers", "ray", "slurm"):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if needing and marker not in (config.option.markexpr or ""):
             config.hook.pytest_deselected(items=needing)

@@ -32,10 +32,18 @@ class DiesOnce(Sound):
 
 
 class Slow(Sound):
-    """Half a second of work, and a line for each time it was done."""
+    """Some seconds of work, and a line for each time it was done."""
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    @property
+    def hparams(self):
+        return {"seconds": self.seconds}
 
     def _fit(self, images, *, seed, **options):
-        time.sleep(0.5)
+        time.sleep(self.seconds)
         with (Path(os.environ["BENCH_TEST_FOLDER"]) / "fits").open("a") as file:
             file.write(f"{seed}\n")
         super()._fit(images, seed=seed, **options)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.core import Executor
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots
 from ganomaly_plugin.executors.tries import Lost
+from ganomaly_plugin.store import Store
+
+if TYPE_CHECKING:
+    from ganomaly_plugin.executors.slurm import Resources
 
 #: The options that each executor takes.
 TAKES: dict[str, tuple[str, ...]] = {
     "inline": (),
     "local": ("workers", "devices", "jobs_per_device", "timeout", "retries"),
+    "ray": ("timeout", "retries", "cpus_per_job", "gpus_per_job", "address"),
+    "slurm": (
+        *("timeout", "retries", "cpus_per_job", "gpus_per_job"),
+        *("partition", "time", "memory", "max_parallel", "sbatch", "slurm_folder"),
+    ),
 }
 
 
@@ -30,6 +40,15 @@ class Where:
         jobs_per_device: Worker processes for each device.
         timeout: Seconds a job may take.
         retries: Further tries for a job whose worker died.
+        cpus_per_job: Processors that a cluster gives each job.
+        gpus_per_job: GPUs that a cluster gives each job.
+        address: Ray's head, host:port.
+        partition: SLURM's partition.
+        time: SLURM's time limit of a task, as SLURM writes it.
+        memory: SLURM's memory of a task, such as "8G".
+        max_parallel: Tasks that SLURM may run at once.
+        sbatch: Further options of sbatch, as `name=value,...`.
+        slurm_folder: Where submitit's files go.
     """
 
     executor: str | None = None
@@ -38,6 +57,15 @@ class Where:
     jobs_per_device: int | None = None
     timeout: float | None = None
     retries: int | None = None
+    cpus_per_job: float | None = None
+    gpus_per_job: float | None = None
+    address: str | None = None
+    partition: str | None = None
+    time: str | None = None
+    memory: str | None = None
+    max_parallel: int | None = None
+    sbatch: str | None = None
+    slurm_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in TAKES:
@@ -48,10 +76,20 @@ class Where:
             if name not in TAKES[self.kind]:
                 takers = [kind for kind, options in TAKES.items() if name in options]
                 raise InvalidInput(f"{_flag(name)} is for --executor {_either(takers)}, not {self.kind}. Leave one out.")
-        for name, smallest in (("workers", 1), ("jobs_per_device", 1), ("retries", 0)):
+        smallest_of = {
+            "workers": 1,
+            "jobs_per_device": 1,
+            "retries": 0,
+            "cpus_per_job": 0,
+            "gpus_per_job": 0,
+            "max_parallel": 1,
+        }
+        for name, smallest in smallest_of.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
-                raise InvalidInput(f"{_flag(name)} must be at least {smallest}, got {value}.")
+                raise InvalidInput(f"{_flag(name)} must be at least {smallest}, got {value:g}.")
+        if self.kind == "slurm":
+            self._check_slurm()
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidInput(f"--timeout must be more than 0 seconds, got {self.timeout:g}.")
         if self.workers is not None and (self.devices is not None or self.jobs_per_device is not None):
@@ -64,11 +102,44 @@ class Where:
         """The executor's name."""
         return self.executor or "local"
 
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether jobs see the devices and folders that this process sees."""
+        return self.kind in ("inline", "local")
+
+    def _check_slurm(self) -> None:
+        for name in ("cpus_per_job", "gpus_per_job"):
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise InvalidInput(f"{_flag(name)} must be a whole number for SLURM, got {value:g}.")
+        self.resources()
+
+    def resources(self) -> Resources:
+        """What each SLURM task asks for."""
+        from ganomaly_plugin.executors.slurm import Resources, minutes_of
+        from ganomaly_plugin.selection import parse_options
+
+        return Resources(
+            partition=self.partition,
+            minutes=None if self.time is None else minutes_of(str(self.time)),
+            memory=self.memory,
+            gpus=int(self.gpus_per_job) if self.gpus_per_job else None,
+            cpus=int(self.cpus_per_job) if self.cpus_per_job else None,
+            parallel=self.max_parallel,
+            more=parse_options(self.sbatch) if self.sbatch else {},
+        )
+
     def _given(self) -> Iterator[str]:
         return (each.name for each in fields(self) if each.name != "executor" and getattr(self, each.name) is not None)
 
     def check_device(self, device: str) -> None:
         """Raise InvalidInput when jobs cannot be on torch's `device` there."""
+        if not self.on_this_machine and device not in ("auto", "cpu", "cuda"):
+            raise InvalidInput(f"--device must be auto, cpu or cuda on a cluster, which numbers the GPUs, got {device!r}.")
+        if not self.on_this_machine and device == "cuda" and not self.gpus_per_job:
+            raise InvalidInput(
+                f"--device cuda on a cluster needs --gpus-per-job, such as {'0.5' if self.kind == 'ray' else '1'}."
+            )
         if self.devices is not None and device not in ("auto", "cuda"):
             raise InvalidInput(f"--devices chooses GPUs, --device says {device}. Leave one of them out.")
 
@@ -92,9 +163,29 @@ def _check_devices(devices: tuple[str, ...]) -> None:
             raise InvalidInput(f"--devices takes numbers of GPUs: {allowed}; got {device!r}.")
 
 
-def make_executor(where: Where, lost: Lost) -> Executor:
-    """The executor that `where` asks for; `lost` makes the record of a job whose worker was lost."""
+def make_executor(where: Where, lost: Lost, store: Store) -> Executor:
+    """The executor that `where` asks for.
+
+    Args:
+        where: The options.
+        lost: Makes the record of a job whose worker was lost.
+        store: The results folder.
+
+    Raises:
+        InvalidInput: What the executor needs is not installed, or does not answer.
+    """
     if where.kind == "inline":
         return InlineExecutor()
-    slots = local_slots(where.devices, where.jobs_per_device or 1, where.workers)
-    return LocalExecutor(slots, lost, timeout=where.timeout, retries=where.retries or 0)
+    limits: dict[str, Any] = {"timeout": where.timeout, "retries": where.retries or 0}
+    if where.kind == "slurm":
+        from ganomaly_plugin.executors.slurm import SlurmExecutor, check_slurm, private_folder
+
+        check_slurm()
+        folder = private_folder(store.folder, where.slurm_folder)
+        return SlurmExecutor(store, lost, folder, where.resources(), **limits)
+    if where.kind == "ray":
+        from ganomaly_plugin.executors.ray_cluster import RayExecutor, connect
+
+        cpus = 1.0 if where.cpus_per_job is None else where.cpus_per_job
+        return RayExecutor(connect(where.address), lost, cpus=cpus, gpus=where.gpus_per_job or 0.0, **limits)
+    return LocalExecutor(local_slots(where.devices, where.jobs_per_device or 1, where.workers), lost, **limits)

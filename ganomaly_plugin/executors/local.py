@@ -200,7 +200,9 @@ class _Worker:
 
 def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | None, parent: int) -> None:
     """A worker's life: take a chunk, send its outcomes, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which decides about its workers
+    # Ctrl-C and the end are for the runner, which decides about its workers. Not SIG_IGN: what a job starts would inherit it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     if threads is not None:
         import torch

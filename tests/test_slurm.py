@@ -1,0 +1,139 @@
+"""SLURM: what is remembered of submissions, and a real cluster whose jobs are cancelled, requeued, preempted and taken up.
+
+The second half runs with `pytest -m slurm tests/test_slurm.py tests/test_executors.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from sweeps import jobs, start, wait_for
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.executors.slurm import minutes_of, private_folder
+from ganomaly_plugin.executors.slurm_queue import Queued
+from ganomaly_plugin.executors.submissions import Submission, Submissions
+from ganomaly_plugin.store import Store
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("1:30", 2), ("1:30:00", 90), ("0:00:01", 1), ("2-12", 3600), ("1-00:30", 1470), ("1-00:00:30", 1441)],
+)
+def test_time_limits_are_read_as_slurm_does(text: str, minutes: int) -> None:
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "1h", "-3", "1:2:3:4", "1-"])
+def test_other_time_limits_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="--time must be"):
+        minutes_of(text)
+
+
+def test_pickles_stay_in_a_private_folder_outside_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = private_folder(tmp_path / "out", None)
+    assert made == tmp_path / "cache" / "ganomaly_plugin" / "slurm" and made.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(InvalidInput, match="must not be inside the results folder"):
+        private_folder(tmp_path / "out", str(tmp_path / "out" / "slurm"))
+    made.chmod(0o777)
+    with pytest.raises(InvalidInput, match="can be written by others"):
+        private_folder(tmp_path / "out", None)
+
+
+def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path) -> None:
+    first, second, third = jobs("pca", "mean_intensity", "ae[features=2]")
+    remembered = Submissions(tmp_path)
+    one, other = Submission.of([(first, second), (third,)], {first.key: "0123"}), Submission.of([(third,)], {})
+    for submission in (one, other):
+        remembered.put(submission)
+    assert {each.name: each for each in remembered.all()} == {one.name: one, other.name: other} and one.tasks() == []
+    queue = [Queued("12_0", one.name), Queued("12_1", one.name), Queued("13", other.name), Queued("14", "another")]
+    assert one.found_in(queue).tasks() == ["12_0", "12_1"] and other.found_in(queue).tasks() == ["13"]
+    assert one.found_in(queue[3:]) == one
+    path = remembered.folder / f"{one.name}.json"
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        path.read_text().replace(one.name, other.name),
+        path.read_text().replace("null", '"; rm"'),
+    ):
+        path.write_text(content)
+        assert [each.name for each in remembered.all()] == [other.name]
+    path.unlink()
+    remembered.drop(other)
+    assert not remembered.folder.exists()
+
+
+def words(folder: Path, seeds: str) -> tuple[object, ...]:
+    options = ("--executor", "slurm", "--cpus-per-job", 1, "--time", 10, "--slurm-folder", folder / "private")
+    what = ("--models", "crashing_detectors:Slow", "--datasets", "digits", "--classes", "0", "--device", "cpu")
+    return ("run", *what, "--seeds", seeds, *options, "--out", "out")
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def running() -> list[str]:
+    return ask("squeue", "-h", "-r", "-t", "running", "-o", "%F_%K").split()
+
+
+def fits(folder: Path) -> list[int]:
+    return sorted(int(seed) for seed in (folder / "fits").read_text().split())
+
+
+def seeds_done(folder: Path) -> list[int]:
+    return sorted(record.job.seed for record in Store(folder / "out").records() if record.status == "done")
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_a_closed_runner_is_taken_up(folder: Path) -> None:
+    first = start(*words(folder, "0-5"), cwd=folder)
+    wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1, 300)
+    first.send_signal(signal.SIGINT)
+    stdout, stderr = first.communicate(timeout=60)
+    assert first.returncode == 130 and "AUROC" in stdout, stderr
+    kept = re.search(r"SLURM keeps (\d) jobs and goes on with them.*scancel (\d+)", stderr)
+    assert kept, stderr
+    second = start(*words(folder, "0-5"), cwd=folder)
+    _, stderr = second.communicate(timeout=400)
+    assert second.returncode == 0 and "submitted" not in stderr, stderr
+    assert fits(folder) == seeds_done(folder) == list(range(6))
+    assert not (folder / "out" / "slurm").exists() and not list((folder / "private").iterdir())
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_cancelled_requeued_and_preempted(folder: Path) -> None:
+    runner = start(*words(folder, "0-5"), "--hparams", "seconds=6", cwd=folder)
+    wait_for(lambda: len(running()) == 2, 120)
+    requeued, cancelled = running()
+    ask("scontrol", "requeue", requeued)
+    ask("scancel", cancelled)
+    wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 2, 300)
+    wait_for(lambda: len(running()) >= 1, 300)
+    ask("sbatch", "--partition=urgent", "--nodes=1", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    _, stderr = runner.communicate(timeout=550)
+    assert runner.returncode == 1 and stderr.count("CANCELLED") == 2, stderr  # as it happened, and at the end
+    seed = int(cancelled.partition("_")[2])
+    assert seeds_done(folder) == [k for k in range(6) if k != seed]
+    again = start(*words(folder, "0-5"), "--hparams", "seconds=6", "--retry-failed", cwd=folder)
+    _, stderr = again.communicate(timeout=400)
+    assert again.returncode == 0 and "submitted 1 jobs" in stderr, stderr
+    assert seeds_done(folder) == list(range(6))
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_what_slurm_refuses_is_one_line_before_any_work(folder: Path) -> None:
+    refused = start(*words(folder, "0"), "--partition", "no-such", cwd=folder)
+    _, stderr = refused.communicate(timeout=120)
+    assert refused.returncode == 2 and "SLURM did not take the jobs" in stderr and "partition" in stderr, stderr
+    assert "Traceback" not in stderr and not (folder / "out" / "slurm").exists()
