@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from documentation import ROOT
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_measures import fill, outcome
 from test_results import failed
@@ -18,7 +20,7 @@ from ganomaly_plugin.core import Outcome
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures import FIGURES
 from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
-from ganomaly_plugin.report.figures.epochs import choices
+from ganomaly_plugin.report.figures.epochs import choices, table
 from ganomaly_plugin.report.figures.histograms import binned
 from ganomaly_plugin.report.figures.losses import loss_curves
 from ganomaly_plugin.report.figures.ranks import draw
@@ -122,6 +124,12 @@ def test_epoch_choice_by_hand(tmp_path: Path, bench) -> None:
     assert code == 2 and "No job here noted" in err
 
 
+def test_the_published_table_of_epochs_is_what_its_records_give() -> None:
+    folder = ROOT / "results" / "epoch_and_batchnorm"
+    made = [choice for group in groups(load_results(folder)) for choice in choices(group)]
+    assert len(made) == 4 and table(made) in (folder / "README.md").read_text()
+
+
 def test_losses_of_stages_and_of_unequal_length(tmp_path: Path) -> None:
     one = outcome("a", "0")
     made = [
@@ -198,8 +206,35 @@ def test_plots_of_hardly_any_and_of_very_many(tmp_path: Path) -> None:
             FIGURES["bars"].draw(groups(load_results(wide.folder)), Canvas())
 
 
-def test_colours_stand_out_on_white() -> None:
-    for colour in (*COLOURS, PAPER.normal, PAPER.anomalous):
-        channels = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        assert 1.05 / (float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05) >= 3, colour
+# Linear RGB as seen without one kind of cone: Machado, Oliveira, Fernandes, IEEE TVCG 15, 2009, severity 1.
+VISION = np.array(
+    [
+        np.eye(3),
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def linear(colours: list[str]) -> np.ndarray:
+    channels = np.array([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in colours]) / 255
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def test_colours_suit_every_vision_and_background() -> None:
+    css = (resources.files("ganomaly_plugin.report") / "templates" / "report.css").read_text()
+    blocks = [dict(re.findall(r"--(\w+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)]
+    for block in blocks:  # light, dark, print
+        colours = [block[f"c{k}"] for k in range(len(COLOURS))]
+        ground, ink, *shown = linear([block["paper"], block["ink"], *colours, block["muted"]]) @ TO_XYZ[1]
+        contrast = [(max(each, ground) + 0.05) / (min(each, ground) + 0.05) for each in (*shown, ink)]
+        assert min(contrast[:-2]) >= 3 and min(contrast[-2:]) >= 4.5, block  # of graphics, and of text
+        seen = np.clip(np.einsum("mij,nj->mni", VISION, linear(colours)), 0, 1) @ TO_XYZ.T / [0.9505, 1, 1.089]
+        f = np.where(seen > 0.008856, np.cbrt(seen), 7.787 * seen + 16 / 116)
+        lab = np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+        apart = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1)[:, ~np.eye(len(colours), dtype=bool)]
+        assert apart.min() > 20, block  # 2 is the least that an eye tells apart side by side
+    assert tuple(blocks[0][f"c{k}"] for k in range(len(COLOURS))) == COLOURS == tuple(blocks[2][f"c{k}"] for k in range(7))
+    assert len(blocks) == 3 and (PAPER.normal, PAPER.anomalous) == COLOURS[:2]

@@ -94,8 +94,8 @@ def sweep(folder: Path, *, detectors: int = 2, classes: int = 2, seeds: int = 2)
 
 def test_a_page_is_whole_escaped_and_the_same_again(tmp_path: Path, bench) -> None:
     store = sweep(tmp_path / "out")
-    code, _, err = bench("report", store.folder)
-    assert code == 0 and "report.html (0." in err, err
+    code, out, err = bench("report", store.folder)
+    assert code == 0 and "report.html (0." in out, err
     path = store.folder / "report.html"
     text = path.read_text(encoding="utf-8")
     page = check(text)

@@ -126,5 +126,5 @@ def report(options: Any) -> int:
     results = Results(options.results)
     out = Path(options.out) if options.out else results.store.folder / "report.html"
     size = write_report(results, out)
-    print(f"report in {out} ({size / 1e6:.1f} MB)", file=sys.stderr)
+    print(f"report in {out} ({size / 1e6:.1f} MB)")
     return 0

@@ -20,8 +20,8 @@ COLUMN = 3.3  # inches: one column of a two-column paper
 FORMATS = ("pdf", "svg", "png")
 DPI = 300
 
-#: Okabe and Ito's hues, darkened to at least 3:1 on white; dashes and markers tell detectors apart without any colour.
-COLOURS = ("#0072b2", "#d55e00", "#008a64", "#a8327d", "#8a6d00", "#3b8fc4", "#5c5c5c")
+#: Far apart for every kind of colour vision and at least 3:1 on white; dashes and markers tell detectors apart without any.
+COLOURS = ("#1b48dc", "#d18309", "#007a5b", "#8f3491", "#614f09", "#3098f9", "#1b1b26")
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 1.5)),
@@ -47,7 +47,7 @@ class Theme:
     colours: tuple[str, ...]
 
 
-PAPER = Theme("#000000", "#595959", "#d9d9d9", "#0072b2", "#d55e00", COLOURS)
+PAPER = Theme("#000000", "#595959", "#d9d9d9", COLOURS[0], COLOURS[1], COLOURS)
 
 #: On a page each colour is a CSS variable, so that one SVG suits light and dark: drawn as a placeholder, renamed after.
 _PLACEHOLDERS = {f"#fe01{k:02x}": f"var(--{name})" for k, name in enumerate(("ink", "muted", "grid", "normal", "anomalous"))}
