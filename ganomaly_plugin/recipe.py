@@ -135,6 +135,11 @@ class Recipe(ABC):
         """
         return None
 
+    @property
+    def unstackable(self) -> str | None:
+        """Why models of this method cannot be trained together by the stacked trainer; None where its losses allow it."""
+        return None
+
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the networks cannot be built for images of `(c, h, w)`."""
         check_square(chw)

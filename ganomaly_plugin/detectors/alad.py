@@ -117,6 +117,11 @@ class AladRecipe(Recipe):
         return networks
 
     @property
+    def unstackable(self) -> str | None:
+        """Spectral normalisation iterates on singular vectors in place, which torch does not map over models."""
+        return "spectral normalisation updates its singular vectors in place" if self.spectral else None
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """One stage: the three discriminators, then E and G against them so updated, as in the authors' loop."""
         adam = Optimiser(self.lr, self.betas)

@@ -13,9 +13,9 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
-from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
+from ganomaly_plugin.training.fitting import Fitting
+from ganomaly_plugin.training.plain import PlainTrainer, to_device, train
 from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
-from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, NormalValidation, calibrate, hold_out
 
 __all__ = ["RecipeDetector", "scoring_mode"]
 
@@ -33,6 +33,10 @@ class RecipeDetector(BaseDetector):
     has_steps: ClassVar[bool] = True
 
     networks_: Networks
+    device_: torch.device
+    history_: list[dict[str, float]]
+    steps_: int
+    facts_: dict[str, Any]
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -68,51 +72,21 @@ class RecipeDetector(BaseDetector):
     ) -> None:
         if epochs is None and steps is None:
             steps = self.recipe.default_steps
-        self.device_ = device
-        self.history_: list[dict[str, float]] = []
-        recipe, chw = self.recipe, (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-        judge: NormalValidation | None = None
-        held_out: Tensor | None = None
-        if recipe.select == "normal-val" or (recipe.calibrates and round(recipe.val_share * len(images)) >= FEWEST_HELD_OUT):
-            images, held_out = hold_out(images, recipe.val_share, seed)
-        if recipe.select == "normal-val" and held_out is not None:
-            untrained = {name: to_device(net, device) for name, net in build_networks(recipe, chw, seed).items()}
-            judge = NormalValidation(recipe, held_out, seed=seed, networks=untrained, device=device)
+        fitting = Fitting(self, images, seed=seed, device=device, on_epoch=on_epoch)
 
         def after_epoch(epoch: int, trainer: PlainTrainer, losses: dict[str, float]) -> bool:
-            self.networks_ = trainer.scoring_networks()
-            self.steps_ = trainer.steps
-            stop = judge is not None and judge.after_epoch(epoch, trainer)
-            self.history_.append(losses if judge is None else {**losses, "validation": judge.values[-1]})
-            if on_epoch is not None:
-                if recipe.calibrates and getattr(on_epoch, "scores", True):  # who only counts epochs needs no calibration
-                    calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
-                on_epoch(epoch, self)
-            return stop
+            return fitting.after_epoch(epoch, trainer.scoring_networks(), trainer.steps, losses)
 
         train(
-            recipe,
-            images,
+            self.recipe,
+            fitting.images,
             seed=seed,
             epochs=self.default_epochs if epochs is None else epochs,
             steps=steps,
             device=device,
             after_epoch=after_epoch,
         )
-        self.facts_: dict[str, Any] = {"images_seen": self.steps_ * min(recipe.batch_size, len(images))}
-        fallbacks = _fallbacks(recipe, images)
-        if judge is not None:
-            self.networks_ = judge.networks
-            self.facts_ |= {"selected_epoch": judge.best_epoch, "validation_images": len(judge.images)}
-        if recipe.calibrates:
-            self.facts_ |= calibrate(recipe, self.networks_, images, held_out, seed=seed, device=device)
-            if self.facts_["calibrated_on"] != "held-out images":
-                fallbacks.append(
-                    f"scores calibrated on the training images: val_share={recipe.val_share:g} of them is fewer than "
-                    f"{FEWEST_HELD_OUT}"
-                )
-        if fallbacks:
-            self.facts_["fallbacks"] = fallbacks
+        fitting.finish("plain")
 
     def _score(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.score).double()
@@ -140,7 +114,7 @@ class RecipeDetector(BaseDetector):
     def describe(self) -> dict[str, Any]:
         """Number of trained parameters, in all and of each network; training steps and images seen; the trainer."""
         sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks_.items()}
-        facts = {"parameters": sum(sizes.values()), "parameters_by_network": sizes, "steps": self.steps_, "trainer": "plain"}
+        facts = {"parameters": sum(sizes.values()), "parameters_by_network": sizes, "steps": self.steps_}
         return facts | self.facts_
 
     def _state(self) -> dict[str, Any]:
@@ -167,13 +141,3 @@ class RecipeDetector(BaseDetector):
         self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
         self.facts_ = {}
         return self
-
-
-def _fallbacks(recipe: Recipe, images: Tensor) -> list[str]:
-    """What had to be done otherwise than usual with these training images, in words for record and progress."""
-    said = []
-    if len(images) < recipe.batch_size:
-        said.append(f"{len(images)} training images, fewer than batch_size={recipe.batch_size}, form each batch")
-    if all(torch.equal(images[0], image) for image in images):
-        said.append("all training images are equal: scores say how far an image is from that one")
-    return said

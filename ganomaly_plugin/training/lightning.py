@@ -236,7 +236,8 @@ class RecipeModule(AnomalibModule):
             loop.begin(stages[index], optimisers[first : first + len(stages[index].phases)])
         if self._resumed is not None:
             loop.steps, loop.stage_steps = self._resumed["steps"], self._resumed["stage_steps"]
-            loop.rng.set_state(self._resumed["rng"])
+            loop.draws.set_state(self._resumed["draws"])
+            loop.redraws.set_state(self._resumed["redraws"])
             self._resumed = None
         self._losses: list[dict[str, Tensor]] = []
         self._seen: list[Tensor] = []
@@ -293,7 +294,8 @@ class RecipeModule(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         own: dict[str, Any] = {"model": self.name}
         if self._loop is not None:
-            own |= {"steps": self._loop.steps, "stage_steps": self._loop.stage_steps, "rng": self._loop.rng.get_state()}
+            own |= {"steps": self._loop.steps, "stage_steps": self._loop.stage_steps}
+            own |= {"draws": self._loop.draws.get_state(), "redraws": self._loop.redraws.get_state()}
         checkpoint[_OWN_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -310,7 +312,8 @@ class RecipeModule(AnomalibModule):
             raise InvalidInput(
                 f"The checkpoint's {self.name} has {', '.join(differ) or 'other networks'}. Set the same values."
             )
-        self._resumed = {key: own[key] for key in ("steps", "stage_steps", "rng")} if "rng" in own else None
+        states = ("steps", "stage_steps", "draws", "redraws")
+        self._resumed = {key: own[key] for key in states} if "draws" in own else None
 
     def to_onnx(  # type: ignore[override]
         self, export_root: Path | str, model_file_name: str = "model", input_size: tuple[int, int] | None = None, **kwargs: Any

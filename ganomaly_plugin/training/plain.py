@@ -78,7 +78,8 @@ class PlainTrainer:
         self.device = device
         self.networks = {name: to_device(net, device) for name, net in networks.items()}
         self._called = networks_in(recipe.precision, self.networks)
-        self.rng = torch.Generator().manual_seed(seed)
+        self.draws = torch.Generator().manual_seed(seed)
+        self.redraws = torch.Generator().manual_seed(seed)
         self.steps = 0
         self._average = make_average(recipe, self.networks) if average is None else average
         self.begin(recipe.stages[0])
@@ -96,7 +97,7 @@ class PlainTrainer:
         """One training step on a batch `(b, c, h, w)`, uint8 or in [-1, 1]; returns its losses as they stood in it."""
         x = to_float(images.to(self.device, non_blocking=True), self.recipe.input_range)
         x = x.contiguous(memory_format=torch.channels_last)
-        draws = {name: value.to(self.device) for name, value in self.recipe.draw(len(x), self.rng).items()}
+        draws = {name: value.to(self.device) for name, value in self.recipe.draw(len(x), self.draws).items()}
         self._train_mode()
         self.stage_steps += 1
         self.steps += 1
@@ -113,8 +114,7 @@ class PlainTrainer:
             loss, computed = phase.loss(self._called, StepInput(x, draws, earlier))
             more = phase is not due[-1][0]
             gradients = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            set_gradients(parameters, gradients)
             optimiser.step()
             earlier.update(computed)
             if phase.redraw_below is not None and loss.item() < phase.redraw_below:
@@ -131,13 +131,21 @@ class PlainTrainer:
             network.train(name in trained)
 
     def _redraw(self, phase: Phase) -> None:
-        seed = int(torch.randint(2**62, (1,), generator=self.rng))
+        seed = int(torch.randint(2**62, (1,), generator=self.redraws))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name in phase.trains:  # on the CPU, so that every device draws the same weights
                 network = self.networks[name].cpu()
                 self.recipe.redraw(network)
                 to_device(network, self.device)
+
+
+def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Hand each parameter its gradient, in the parameter's own order in memory: fused Adam takes it to be that."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
 
 
 def averaged_networks(average: AveragedModel) -> dict[str, nn.Module]:
@@ -171,19 +179,32 @@ def train(
     """
     _, c, h, w = images.shape
     trainer = PlainTrainer(recipe, build_networks(recipe, (c, h, w), seed), seed=seed, device=device)
-    order = torch.Generator().manual_seed(seed + 1)
+    order = order_of(seed)
     data = resident(images, device)
     epoch = 0
     for stage in recipe.stages:
         trainer.begin(stage)
-        for _ in range(epochs if steps is None else epochs_of(steps, len(data), recipe.batch_size)):
+        for batches in stage_epochs(len(data), recipe.batch_size, order, epochs=epochs, steps=steps):
             epoch += 1
-            left = None if steps is None else steps - trainer.stage_steps
-            batches = islice(epoch_batches(len(data), recipe.batch_size, order), left)
             losses = [trainer.step(data[index.to(data.device)]) for index in batches]
             if after_epoch(epoch, trainer, epoch_means(losses, stage, first_step=trainer.steps - len(losses) + 1)):
                 break
     return trainer
+
+
+def order_of(seed: int) -> torch.Generator:
+    """What the orders of a model's training images are drawn from."""
+    return torch.Generator().manual_seed(seed + 1)
+
+
+def stage_epochs(
+    n: int, batch_size: int, order: torch.Generator, *, epochs: int, steps: int | None
+) -> Iterator[Iterator[Tensor]]:
+    """The epochs of one stage over `n` images, each the batches of `epoch_batches`; with `steps` the last may be cut short."""
+    left = steps
+    for _ in range(epochs if steps is None else epochs_of(steps, n, batch_size)):
+        yield islice(epoch_batches(n, batch_size, order), left)
+        left = None if left is None else left - n // min(batch_size, n)
 
 
 def epochs_of(steps: int, n: int, batch_size: int) -> int:
@@ -205,12 +226,17 @@ def epoch_means(losses: list[dict[str, Tensor]], stage: Stage, *, first_step: in
     for name in dict.fromkeys(name for step in losses for name in step):
         at = [k for k, step in enumerate(losses) if name in step]
         values = torch.stack([losses[k][name] for k in at]).double().cpu()
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            k = int(bad[0])
-            raise Diverged(
-                f"Training diverged: loss {name!r} of stage {stage.name!r} is {values[k].item()} at step "
-                f"{first_step + at[k]}. Lower lr, or check the images."
-            )
-        means[name] = float(values.mean())
+        means[name] = finite_mean(values, [first_step + k for k in at], name, stage)
     return means
+
+
+def finite_mean(values: Tensor, steps: Sequence[int], name: str, stage: Stage) -> float:
+    """Mean of the values `(n,)` that a loss had at `steps`; raises Diverged when one is not finite."""
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        k = int(bad[0])
+        raise Diverged(
+            f"Training diverged: loss {name!r} of stage {stage.name!r} is {values[k].item()} at step {steps[k]}. "
+            "Lower lr, or check the images."
+        )
+    return float(values.mean())

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe, StepInput
-from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import batches, in_chunks, scoring_mode
 
 STABILITY = "stability"
@@ -22,23 +21,23 @@ FEWEST_HELD_OUT = 10  # images; a mean and a deviation of fewer are noise, and c
 _FEWEST_TO_RANK = 3  # images; a rank correlation of two says nothing
 
 
-def hold_out(images: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """`(training, held-out)` images: a seeded share of at least one image is held out.
+def hold_out(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Which of `n` images are `(trained on, held out)`: a seeded share of at least one image is held out.
 
     Raises:
         InvalidInput: The share leaves nothing on one of the sides.
     """
-    count = round(share * len(images))
-    if not 1 <= count < len(images):
+    count = round(share * n)
+    if not 1 <= count < n:
         side = "hold out" if count < 1 else "train on"
         raise InvalidInput(
-            f"val_share={share:g} of {len(images)} training images leaves none to {side}. Give more images, a val_share of "
-            f"{1 / len(images):.2g} or more, or select=last."
-            if len(images) > 1
+            f"val_share={share:g} of {n} training images leaves none to {side}. Give more images, a val_share of "
+            f"{1 / n:.2g} or more, or select=last."
+            if n > 1
             else f"val_share={share:g} cannot split a single training image. Give more images, or select=last."
         )
-    order = torch.from_numpy(np.random.default_rng([seed, 8]).permutation(len(images)))
-    return images[order[count:].sort().values], images[order[:count].sort().values]
+    order = torch.from_numpy(np.random.default_rng([seed, 8]).permutation(n))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def calibrate(
@@ -91,9 +90,8 @@ class NormalValidation:
         else:
             self._loss(networks)
 
-    def after_epoch(self, epoch: int, trainer: PlainTrainer) -> bool:
+    def after_epoch(self, epoch: int, networks: Networks) -> bool:
         """Look at the networks after `epoch`; True when `patience` epochs have passed since the best."""
-        networks = trainer.scoring_networks()
         value = self._instability(networks) if self.recipe.criterion == STABILITY else self._loss(networks)
         self.values.append(value)
         if value < self.best or not self.networks:

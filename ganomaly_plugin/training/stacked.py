@@ -1,0 +1,316 @@
+"""The stacked trainer: many models of one recipe advance together, as one set of large kernels.
+
+Weights, buffers and optimiser moments of all models lie in tensors with a leading model axis. A phase's loss, written for one
+model, is mapped over that axis; the gradient of the sum of the losses is each model's own gradient, and one Adam over the
+stacked weights is many Adams. What a model computes depends on no other: one that diverges leaves the rest untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.images import to_float
+from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput
+from ganomaly_plugin.training.convolutions import Convolutions, convolutions_as
+from ganomaly_plugin.training.plain import PlainTrainer, make_optimiser, set_gradients, to_device, warmed_average
+from ganomaly_plugin.training.precision import networks_in, precision
+
+
+def why_not_stackable(recipe: Recipe) -> str | None:
+    """Why models of `recipe` cannot be trained together; None when they can."""
+    if len(recipe.stages) > 1:
+        return f"it trains in {len(recipe.stages)} stages"
+    if any(phase.every > 1 for phase in recipe.stages[0].phases):
+        return "some of its phases do not run at each step"
+    return recipe.unstackable
+
+
+#: How the models of a stack advance: "grouped" and "matmul" as in `convolutions`, or "turns": one after another.
+How: TypeAlias = Convolutions | Literal["turns"]
+
+
+class Stack(Protocol):
+    """Several models of one recipe in training."""
+
+    steps: int
+
+    def __len__(self) -> int:
+        """How many models."""
+        ...
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of every model on its own batch of `images` `(m, b, c, h, w)`; the losses, `(m,)` each."""
+        ...
+
+    def scoring_networks(self, model: int) -> Networks:
+        """The networks of one model to score with; later steps leave them as they are."""
+        ...
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only, in this order."""
+        ...
+
+    def refill(self) -> None:
+        """What is to be done between epochs."""
+        ...
+
+
+def make_stack(
+    recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device, how: How | None = None
+) -> Stack:
+    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster."""
+    how = how or ("turns" if device.type == "cpu" else "grouped")
+    if how == "turns":
+        return InTurns(recipe, models, seeds=seeds, device=device)
+    return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how)
+
+
+class InTurns:
+    """Models that share one loop, each advanced by the plain trainer: bit for bit what it computes alone."""
+
+    def __init__(self, recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device) -> None:
+        _check(recipe)
+        self._trainers = [
+            PlainTrainer(recipe, copy.deepcopy(dict(networks)), seed=seed, device=device)
+            for networks, seed in zip(models, seeds, strict=True)
+        ]
+        self.steps = 0
+
+    def __len__(self) -> int:
+        return len(self._trainers)
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of every model; see `Stack`."""
+        self.steps += 1
+        losses = [trainer.step(batch) for trainer, batch in zip(self._trainers, images, strict=True)]
+        return {name: torch.stack([each[name] for each in losses]) for name in losses[0]}
+
+    def scoring_networks(self, model: int) -> Networks:
+        """A copy of one model's networks."""
+        return copy.deepcopy(dict(self._trainers[model].scoring_networks()))
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only."""
+        self._trainers = [self._trainers[model] for model in models]
+
+    def refill(self) -> None:
+        """Nothing."""
+
+
+def _check(recipe: Recipe) -> None:
+    reason = why_not_stackable(recipe)
+    if reason is not None:
+        raise InvalidInput(f"Models of {type(recipe).__name__} cannot be stacked: {reason}. Use the plain trainer.")
+
+
+class _Networks(nn.Module):
+    """A recipe's networks as one module, so that the weights of all of them can be exchanged at once."""
+
+    def __init__(self, networks: Networks, precision: Precision) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(dict(networks))
+        self.precision = precision
+
+    def forward(self, phase: Phase, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        networks = {str(name): network for name, network in self.networks.items()}
+        return phase.loss(networks_in(self.precision, networks), step)
+
+
+class StackedTrainer:
+    """Holds several models in training and advances all of them by a step at a time.
+
+    Args:
+        recipe: What to train; `why_not_stackable` must have nothing against it.
+        models: The networks of each model at their initial weights; they are copied.
+        seeds: One a model: determines its random draws and re-drawn networks, as in the plain trainer.
+        device: Where the steps run.
+        convolutions: How the convolutions of all models are carried out.
+
+    Raises:
+        InvalidInput: The recipe cannot be stacked.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        models: Sequence[Networks],
+        *,
+        seeds: Sequence[int],
+        device: torch.device,
+        convolutions: Convolutions = "grouped",
+    ) -> None:
+        _check(recipe)
+        self.recipe, self.device, self.convolutions = recipe, device, convolutions
+        self.phases = recipe.stages[0].phases
+        self._template = _Networks(copy.deepcopy(dict(models[0])), recipe.precision).to(device)
+        trained = {name for phase in self.phases for name in phase.trains}
+        for name, network in self._template.networks.items():
+            network.train(name in trained)
+        wrapped = [_Networks(networks, recipe.precision) for networks in models]
+        self.weights = {
+            name: torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device).requires_grad_()
+            for name, _ in wrapped[0].named_parameters()
+        }
+        self.buffers = {
+            name: torch.stack([dict(each.named_buffers())[name] for each in wrapped]).to(device)
+            for name, _ in wrapped[0].named_buffers()
+        }
+        self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._redraws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._optimisers = [make_optimiser(phase.optimiser, self._trained(phase)) for phase in self.phases]
+        self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
+        self.steps = 0
+        self._fresh: dict[str, dict[str, Tensor]] = {}
+        self._spent: dict[str, Tensor] = {}
+        for phase in self.phases:
+            if phase.redraw_below is not None:
+                self._spent[phase.name] = torch.zeros(len(models), dtype=torch.bool, device=device)
+                drawn = [self._draw_anew(phase, model) for model in range(len(models))]
+                self._fresh[phase.name] = {name: torch.stack([one[name] for one in drawn]).to(device) for name in drawn[0]}
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of every model on its own batch.
+
+        Args:
+            images: `(m, b, c, h, w)` for m models, uint8 or in [-1, 1].
+
+        Returns:
+            The losses as they stood in the step, `(m,)` each.
+        """
+        x = to_float(images.to(self.device, non_blocking=True), self.recipe.input_range)
+        drawn = [self.recipe.draw(x.shape[1], rng) for rng in self._draws]
+        draws = {name: torch.stack([each[name] for each in drawn]).to(self.device) for name in drawn[0]}
+        self.steps += 1
+        with precision(self.recipe.precision):
+            earlier = self._run_phases(x, draws)
+        if self._average is not None:
+            self._update_average()
+        return {name: value.detach() for name, value in earlier.items() if value.ndim == 1}
+
+    def _run_phases(self, x: Tensor, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        earlier: dict[str, Tensor] = {}
+        for phase, optimiser in zip(self.phases, self._optimisers, strict=True):
+            loss, computed = self._mapped(phase)(self.weights, self.buffers, x, draws, earlier)
+            weights = self._trained(phase)
+            more = phase is not self.phases[-1]
+            gradients = torch.autograd.grad(loss.sum(), weights, retain_graph=more, allow_unused=True)
+            set_gradients(weights, gradients)
+            optimiser.step()
+            earlier.update(computed)
+            if phase.redraw_below is not None:
+                self._redraw(phase, loss.detach() < phase.redraw_below)
+        return earlier
+
+    def scoring_networks(self, model: int) -> dict[str, nn.Module]:
+        """The networks of one model to score with: the averaged ones when the recipe averages."""
+        state = self._state() if self._average is None else self._average
+        networks = copy.deepcopy(self._template.networks)
+        own = {name.removeprefix("networks."): value[model].detach() for name, value in state.items()}
+        networks.load_state_dict(own)
+        return {str(name): to_device(network, self.device) for name, network in networks.items()}
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only, in this order."""
+        index = torch.tensor(models, device=self.device)
+        old = dict(self.weights)
+        self.weights = {name: weight.detach()[index].requires_grad_() for name, weight in old.items()}
+        self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
+        for k, phase in enumerate(self.phases):
+            before, self._optimisers[k] = self._optimisers[k], make_optimiser(phase.optimiser, self._trained(phase))
+            for name in self._trained_names(phase):
+                state = {
+                    key: value[index] if value.ndim and value.shape == old[name].shape else value
+                    for key, value in before.state.get(old[name], {}).items()
+                }
+                if state:
+                    self._optimisers[k].state[self.weights[name]] = state
+        if self._average is not None:
+            self._average = {name: value[index] for name, value in self._average.items()}
+        self._draws = [self._draws[model] for model in models]
+        self._redraws = [self._redraws[model] for model in models]
+        self._spent = {name: spent[index] for name, spent in self._spent.items()}
+        self._fresh = {name: {k: v[index] for k, v in fresh.items()} for name, fresh in self._fresh.items()}
+
+    def refill(self) -> None:
+        """Draw new spare weights for models that used theirs up. Waits for the device: call it between epochs."""
+        for phase in self.phases:
+            if phase.name not in self._spent:
+                continue
+            for model in self._spent[phase.name].nonzero().flatten().tolist():
+                for name, value in self._draw_anew(phase, model).items():
+                    self._fresh[phase.name][name][model] = value.to(self.device)
+            self._spent[phase.name].zero_()
+
+    def _mapped(self, phase: Phase) -> Any:
+        def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
+            step = StepInput(images, draws, earlier)
+            return functional_call(self._template, (weights, buffers), (phase, step), strict=True)
+
+        def all_(*arguments: Any) -> Any:
+            with convolutions_as(self.convolutions):
+                return vmap(one, randomness="error")(*arguments)
+
+        return all_
+
+    def _trained_names(self, phase: Phase) -> list[str]:
+        return [name for name in self.weights if name.split(".")[1] in phase.trains]
+
+    def _trained(self, phase: Phase) -> list[Any]:
+        return [self.weights[name] for name in self._trained_names(phase)]
+
+    def _state(self) -> dict[str, Tensor]:
+        """Weights and buffers of all models, by their names in the template's `state_dict`."""
+        kept = self._template.state_dict()
+        return {name: value for name, value in {**self.weights, **self.buffers}.items() if name in kept}
+
+    def _draw_anew(self, phase: Phase, model: int) -> dict[str, Tensor]:
+        """The weights that the recipe's `redraw` sets, drawn on the CPU with the seed that is next for this model."""
+        seed = int(torch.randint(2**62, (1,), generator=self._redraws[model]))
+        drawn: dict[str, Tensor] = {}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for name in phase.trains:
+                # Channels-last as in the plain trainer: the order in memory decides which weight gets which number.
+                network = to_device(copy.deepcopy(self._template.networks[name]), torch.device("cpu"))
+                for weight in network.parameters():
+                    weight.fill_(torch.nan)
+                self.recipe.redraw(network)
+                for own, weight in network.named_parameters():
+                    if not weight.isnan().any():  # else it is none of those that are drawn anew
+                        drawn[f"networks.{name}.{own}"] = weight.detach()
+        return drawn
+
+    def _redraw(self, phase: Phase, below: Tensor) -> None:
+        """Give the models that are `below` their spare weights. On a GPU nobody asks whether there are any: that would wait."""
+        if self.device.type == "cpu" and not below.any():
+            return
+        with torch.no_grad():
+            for name, fresh in self._fresh[phase.name].items():
+                weight = self.weights[name]
+                chosen = below.view(-1, *(1,) * (weight.ndim - 1))
+                weight.copy_(torch.where(chosen, fresh, weight))
+        self._spent[phase.name] |= below
+        if self.device.type == "cpu":
+            self.refill()
+
+    def _update_average(self) -> None:
+        assert self._average is not None and self.recipe.ema_decay is not None
+        update, current = warmed_average(self.recipe.ema_decay), self._state()
+        for floating in (True, False):
+            names = [name for name, value in current.items() if value.is_floating_point() is floating]
+            averaged, now = [self._average[name] for name in names], [current[name].detach() for name in names]
+            if self.steps == 1:
+                for mine, theirs in zip(averaged, now, strict=True):
+                    mine.copy_(theirs)
+            elif names:
+                update(averaged, now, self.steps - 1)

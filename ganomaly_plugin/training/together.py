@@ -1,0 +1,144 @@
+"""Fitting many detectors of one recipe together: every model with its own images, order and seed, one loop for all."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.core import OnEpoch
+from ganomaly_plugin.recipe import Networks, Stage
+from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.fitting import Fitting
+from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
+from ganomaly_plugin.training.stacked import How, Stack, make_stack
+
+
+@dataclass
+class Member:
+    """A detector to be fitted in a stack; `error` says afterwards why it failed, and is None when it is fitted.
+
+    Attributes:
+        detector: All members of a stack have the same recipe.
+        index: Which of the stack's images are its training images, `(n,)`.
+        seed: As in `Detector.fit`; a member gets what it would get alone.
+        on_epoch: As in `Detector.fit`. It is called again from epoch 1 when a stack was too large for the memory.
+    """
+
+    detector: RecipeDetector
+    index: Tensor
+    seed: int
+    on_epoch: OnEpoch | None = None
+    error: Exception | None = field(default=None, init=False)
+
+
+def fit_together(
+    members: Sequence[Member],
+    data: Tensor,
+    *,
+    epochs: int | None,
+    steps: int | None,
+    device: torch.device,
+    how: How | None = None,
+) -> None:
+    """Fit every member on its share of checked images `(n, c, h, w)`; one that fails leaves the others as they would be.
+
+    A stack that does not fit into the device's memory is split in halves, which begin anew.
+    """
+    by_batch: dict[int, list[_Course]] = {}
+    for member in members:
+        try:
+            course = _Course(member, data, epochs=epochs, steps=steps, device=device)
+        except Exception as error:  # too few images for what it holds out, say
+            member.error = error
+            continue
+        by_batch.setdefault(course.batch_size, []).append(course)
+    for courses in by_batch.values():
+        try:
+            _run(courses, resident(data, device), device, how)
+        except torch.OutOfMemoryError as error:
+            again = [course.member for course in courses]
+            if len(again) == 1:
+                again[0].error = error
+                continue
+            half = len(again) // 2
+            warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            for part in (again[:half], again[half:]):
+                fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how)
+
+
+class _Course:
+    """One member on its way: its epochs, the batches left in this one, and the losses so far in it."""
+
+    def __init__(self, member: Member, data: Tensor, *, epochs: int | None, steps: int | None, device: torch.device) -> None:
+        self.member = member
+        detector, recipe = member.detector, member.detector.recipe
+        member.error = None
+        self.fitting = Fitting(detector, data, member.index, seed=member.seed, device=device, on_epoch=member.on_epoch)
+        n = len(self.fitting.index)
+        self.batch_size = min(recipe.batch_size, n)
+        if epochs is None and steps is None:
+            steps = recipe.default_steps
+        budget = detector.default_epochs if epochs is None else epochs
+        self._epochs: Iterator[Iterator[Tensor]] = stage_epochs(
+            n, recipe.batch_size, order_of(member.seed), epochs=budget, steps=steps
+        )
+        self.left: deque[Tensor] = deque(next(self._epochs))
+        self.epoch = 1
+        self.losses: list[Tensor] = []
+        self.is_over = False
+
+    def next_batch(self) -> Tensor:
+        """Which of the stack's images it trains on next, `(b,)`."""
+        return self.fitting.index[self.left.popleft()]
+
+    def end_epoch(self, networks: Networks, steps: int, names: Sequence[str], stage: Stage) -> None:
+        """Take note of the epoch that is over, and begin the next if there is one."""
+        values = torch.stack(self.losses).double().cpu()  # (steps, losses)
+        at = range(steps - len(values) + 1, steps + 1)
+        means = {name: finite_mean(column, at, name, stage) for name, column in zip(names, values.unbind(1), strict=True)}
+        stopped = self.fitting.after_epoch(self.epoch, networks, steps, means)
+        batches = None if stopped else next(self._epochs, None)
+        if batches is None:
+            self.is_over = True
+            return
+        self.left, self.losses, self.epoch = deque(batches), [], self.epoch + 1
+
+
+def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | None) -> None:
+    recipe = courses[0].fitting.recipe
+    stage = recipe.stages[0]
+    models = [course.fitting.build() for course in courses]
+    stack: Stack = make_stack(recipe, models, seeds=[course.member.seed for course in courses], device=device, how=how)
+    size = len(courses)
+    while courses:
+        index = torch.stack([course.next_batch() for course in courses])
+        losses = stack.step(data[index.to(data.device)])
+        rows = torch.stack(list(losses.values()))  # (losses, m)
+        for k, course in enumerate(courses):
+            course.losses.append(rows[:, k])
+        if all(course.left for course in courses):
+            continue
+        stack.refill()
+        for k, course in enumerate(courses):
+            if course.left:
+                continue
+            try:
+                course.end_epoch(stack.scoring_networks(k), stack.steps, list(losses), stage)
+                if course.is_over:
+                    course.fitting.finish("stacked", stacked_models=size)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # it diverged, or its scores are not finite: its own affair
+                course.member.error, course.is_over = error, True
+        on = [k for k, course in enumerate(courses) if not course.is_over]
+        if len(on) < len(courses):
+            courses = [courses[k] for k in on]
+            if courses:
+                stack.keep(on)

@@ -1,0 +1,230 @@
+"""The stacked trainer is held to the plain one: the same models, alone and together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.errors import Diverged, InvalidInput
+from ganomaly_plugin.recipe import Recipe
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.stacked import StackedTrainer, make_stack, why_not_stackable
+from ganomaly_plugin.training.together import Member, fit_together
+
+CPU = torch.device("cpu")
+SMALL = {"batch_size": 16, "features": 8, "latent_dim": 10}
+STACKABLE = {
+    "ganomaly": {},
+    "ae": {},
+    "vae": {},
+    "skip_ganomaly": {},
+    "egbad": {"joint_features": 32},
+    "alad": {"joint_features": 32, "spectral": False},
+    "anogan": {},
+    "ganomaly_plus": {"ema_decay": 0.9},
+}
+
+
+def digits() -> torch.Tensor:
+    """Digits under noise: a weight whose pixels are always black has no gradient, and Adam would magnify rounding errors."""
+    images = torch.from_numpy(load_dataset("digits", root=None, image_size=16).images[:600].copy())
+    noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0))
+    return (0.8 * images + 0.2 * noise).to(torch.uint8)
+
+
+def recipe_of(name: str, **hparams: object) -> Recipe:
+    detector = make_detector(name, **{**SMALL, **hparams})
+    assert isinstance(detector, RecipeDetector)
+    return detector.recipe
+
+
+def side_by_side(recipe: Recipe, how: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """The largest relative difference of a loss and absolute difference of a weight, over `steps` of three models."""
+    data, order = digits(), torch.Generator().manual_seed(0)
+    data = data.to(dtype) * 2 / 255 - 1
+    seeds = [3, 4, 5]
+    models = [{k: n.to(dtype) for k, n in build_networks(recipe, (1, 16, 16), seed).items()} for seed in seeds]
+    stack = make_stack(recipe, models, seeds=seeds, device=CPU, how=how)
+    plain = [PlainTrainer(recipe, networks, seed=seed, device=CPU) for networks, seed in zip(models, seeds, strict=True)]
+    loss_gap = weight_gap = 0.0
+    for _ in range(steps):
+        x = torch.stack([data[torch.randint(len(data), (recipe.batch_size,), generator=order)] for _ in seeds])
+        together = stack.step(x)
+        for m, trainer in enumerate(plain):
+            alone = trainer.step(x[m])
+            assert together.keys() == alone.keys()
+            for name, value in alone.items():
+                gap = abs(float(together[name][m]) - float(value)) / max(abs(float(value)), 1e-3)
+                loss_gap = max(loss_gap, gap)
+    for m, trainer in enumerate(plain):
+        mine = stack.scoring_networks(m)
+        for name, network in trainer.scoring_networks().items():
+            state = mine[name].state_dict()
+            for key, value in network.state_dict().items():
+                weight_gap = max(weight_gap, float((state[key] - value).abs().max()))
+    return loss_gap, weight_gap
+
+
+@pytest.mark.parametrize("name", STACKABLE)
+def test_stacked_models_are_those_of_the_plain_trainer(name):
+    recipe = recipe_of(name, **STACKABLE[name])
+    loss_gap, _ = side_by_side(recipe, "grouped", steps=6)
+    assert loss_gap < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ganomaly", "ae", "vae", "egbad", "anogan"])
+def test_they_still_are_after_25_steps(name):
+    # Not so for Skip-GANomaly: where a gradient is all but zero, Adam makes steps of rounding errors, and those grow.
+    loss_gap, weight_gap = side_by_side(recipe_of(name, **STACKABLE[name]), "grouped", steps=25)
+    assert loss_gap < 1e-5 and weight_gap < 1e-5
+
+
+def test_matrix_products_compute_the_same_convolutions():
+    # In float32 their other order of summing sets weights apart whose gradient is all but zero, which Adam magnifies.
+    loss_gap, weight_gap = side_by_side(recipe_of("ganomaly", extra_layers=1), "matmul", steps=4, dtype=torch.float64)
+    assert loss_gap < 1e-9 and weight_gap < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ganomaly", "ae", "vae", "skip_ganomaly", "ganomaly_plus"])  # the others draw in float32
+def test_in_float64_nothing_but_rounding_is_between_them(name):
+    loss_gap, weight_gap = side_by_side(recipe_of(name, **STACKABLE[name]), "grouped", steps=4, dtype=torch.float64)
+    assert loss_gap < 1e-9 and weight_gap < 1e-9
+
+
+def test_at_the_published_width_the_mathematics_is_the_same():
+    recipe = recipe_of("ganomaly", features=64, latent_dim=100)
+    loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=3, dtype=torch.float64)
+    assert loss_gap < 1e-9 and weight_gap < 1e-9
+
+
+@pytest.mark.parametrize("name", STACKABLE)
+def test_in_turns_nothing_differs_at_all(name):
+    assert side_by_side(recipe_of(name, **STACKABLE[name]), "turns", steps=4) == (0.0, 0.0)
+
+
+def test_bfloat16_networks_stack_within_their_precision():
+    loss_gap, _ = side_by_side(recipe_of("ae", precision="bf16"), "grouped", steps=3)
+    assert 0 <= loss_gap < 0.05
+
+
+def test_a_collapsed_discriminator_is_drawn_anew_in_its_own_model_only():
+    recipe = recipe_of("ganomaly", redraw_below=0.68)  # near the loss of a fresh D: some models redraw, at some steps
+    counts = []
+
+    def count(trainer: StackedTrainer, below: torch.Tensor) -> None:
+        counts.append(below.tolist())
+
+    original = StackedTrainer._redraw
+
+    def watched(self, phase, below):
+        count(self, below)
+        original(self, phase, below)
+
+    StackedTrainer._redraw = watched  # type: ignore[method-assign]
+    try:
+        loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=12)
+    finally:
+        StackedTrainer._redraw = original  # type: ignore[method-assign]
+    assert any(any(row) and not all(row) for row in counts)
+    assert loss_gap < 1e-5 and weight_gap < 1e-5
+
+
+def alone(recipe_name: str, data: torch.Tensor, index: torch.Tensor, seed: int, epochs: int, **hparams: object):
+    return make_detector(recipe_name, **{**SMALL, **hparams}).fit(data[index], seed=seed, epochs=epochs, device="cpu")
+
+
+@pytest.mark.parametrize("how", ["turns", "grouped"])
+def test_detectors_fitted_together_are_those_fitted_alone(how):
+    data = digits()
+    shares = [torch.arange(0, 300), torch.arange(100, 260), torch.arange(50, 600, 7)]  # epochs of 18, 10 and 4 steps
+    seen: list[tuple[int, int]] = []
+    members = [
+        Member(make_detector("ganomaly", **SMALL), share, seed=k, on_epoch=lambda epoch, _, k=k: seen.append((k, epoch)))
+        for k, share in enumerate(shares)
+    ]
+    fit_together(members, data, epochs=2, steps=None, device=CPU, how=how)
+    assert sorted(seen) == [(k, epoch) for k in range(3) for epoch in (1, 2)]
+    for k, (member, share) in enumerate(zip(members, shares, strict=True)):
+        reference = alone("ganomaly", data, share, k, 2)
+        assert member.error is None and member.detector.describe()["trainer"] == "stacked"
+        assert member.detector.steps_ == reference.steps_
+        np.testing.assert_allclose(member.detector.score(data[:50]), reference.score(data[:50]), rtol=1e-4)
+        for mine, theirs in zip(member.detector.history_, reference.history_, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_early_stopping_and_calibration_are_each_members_own():
+    data = digits()
+    share = torch.arange(0, 600, 4)
+    for name, more in (("ae", {"select": "normal-val", "patience": 1, "criterion": "reconstruction"}), ("ganomaly_plus", {})):
+        members = [Member(make_detector(name, **SMALL, **more), share, seed=k) for k in (1, 2)]
+        fit_together(members, data, epochs=3, steps=None, device=CPU)
+        for member in members:
+            reference = alone(name, data, share, member.seed, 3, **more)
+            assert member.error is None
+            assert {**member.detector.facts_, "trainer": "plain", "stacked_models": 2} == {
+                **reference.facts_,
+                "stacked_models": 2,
+            }
+            np.testing.assert_allclose(member.detector.score(data[:40]), reference.score(data[:40]), rtol=1e-9)
+
+
+def test_a_model_that_diverges_fails_alone():
+    data = digits()
+    share = torch.arange(0, 200)
+
+    def spoil(epoch: int, detector: RecipeDetector) -> None:
+        raise Diverged("its scores are not finite")
+
+    members = [Member(make_detector("ganomaly", **SMALL), share, seed=k) for k in range(3)]
+    members[1].on_epoch = spoil
+    fit_together(members, data, epochs=2, steps=None, device=CPU, how="grouped")
+    assert isinstance(members[1].error, Diverged)
+    for k in (0, 2):
+        reference = alone("ganomaly", data, share, k, 2)
+        np.testing.assert_allclose(members[k].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_told_from_the_others():
+    recipe, data = recipe_of("ganomaly"), digits().float() * 2 / 255 - 1
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in (0, 1)]
+    with torch.no_grad():
+        next(models[0]["generator"].parameters()).fill_(torch.nan)
+    stack = make_stack(recipe, models, seeds=[0, 1], device=CPU, how="grouped")
+    plain = PlainTrainer(recipe, models[1], seed=1, device=CPU)
+    for k in range(3):
+        x = data[16 * k : 16 * k + 16]
+        together, by_itself = stack.step(torch.stack([x, x])), plain.step(x)
+        assert together["generator"][0].isnan() and not together["generator"][1].isnan()
+        assert float(together["generator"][1]) == pytest.approx(float(by_itself["generator"]), rel=1e-5)
+
+
+def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
+    data, sizes = digits(), []
+    step = StackedTrainer.step
+
+    def narrow(self: StackedTrainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("no room for this many")
+        sizes.append(len(images))
+        return step(self, images)
+
+    monkeypatch.setattr(StackedTrainer, "step", narrow)
+    members = [Member(make_detector("ae", **SMALL), torch.arange(40), seed=k) for k in range(5)]
+    with pytest.warns(UserWarning, match="5 models do not fit"):
+        fit_together(members, data, epochs=1, steps=None, device=CPU, how="grouped")
+    assert all(member.error is None for member in members) and max(sizes) == 2
+    reference = alone("ae", data, torch.arange(40), 4, 1)
+    np.testing.assert_allclose(members[4].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-5)
+
+
+def test_recipes_that_cannot_be_stacked_say_why():
+    assert why_not_stackable(recipe_of("f_anogan")) == "it trains in 2 stages"
+    spectral = recipe_of("alad", joint_features=32)
+    assert "singular vectors" in str(why_not_stackable(spectral))
+    with pytest.raises(InvalidInput, match="cannot be stacked"):
+        make_stack(spectral, [spectral.build((1, 16, 16))], seeds=[0], device=CPU)
