@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ganomaly_plugin.errors import Diverged
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, Tensors
+from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.precision import networks_in, precision
 
 
@@ -101,7 +102,7 @@ class PlainTrainer:
         self._train_mode()
         self.stage_steps += 1
         self.steps += 1
-        with precision(self.recipe.precision):
+        with precision(self.recipe.precision), cpu_convolutions(self.device):
             earlier = self._run_phases(x, draws)
         if self._average is not None:
             self._average.update_parameters(nn.ModuleDict(self.networks))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.plain import resident
 from ganomaly_plugin.training.precision import precision
 
@@ -28,7 +29,7 @@ def in_chunks(
     recipe: Recipe, networks: Networks, images: Tensor, function: Callable[[Networks, Tensor], Tensor], device: torch.device
 ) -> Tensor:
     """`function(networks, chunk)` over all images, put together on the CPU."""
-    with torch.no_grad(), scoring_mode(networks, recipe.batchnorm):
+    with torch.no_grad(), scoring_mode(networks, recipe.batchnorm), cpu_convolutions(device):
         return torch.cat([function(networks, x) for x in batches(recipe, images, device)]).cpu()
 
 
