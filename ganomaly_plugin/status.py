@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ganomaly_plugin.claims import is_alive
+from ganomaly_plugin.claims import is_alive, this_host, this_system
 from ganomaly_plugin.core import Detector, Job, OnEpoch
 
 INTERVAL = 1.0  # seconds between two writes of a job's file
@@ -30,7 +29,7 @@ class Status:
 
     Attributes:
         started: When it began, seconds since 1970.
-        host: The machine it runs on.
+        host: The system it runs on, as `here` calls it.
         pid: Its process there.
         done: Epochs or steps behind it.
         total: Those it will take at most; None when the method has none.
@@ -54,6 +53,11 @@ class Status:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
 
+def here() -> str:
+    """What tells this machine, and this container of it, from others."""
+    return f"{this_host()} {this_system()}"
+
+
 class JobStatus:
     """Keeps the file of one job up to date while it runs; a context manager, whose end removes the file.
 
@@ -66,7 +70,7 @@ class JobStatus:
         self.path = Path(folder) / f"{job.slug}.json" if folder is not None and Path(folder).is_dir() else None
         self.job = job
         self.images = 0  # in the training set, once that is known
-        self.status = Status(time.time(), socket.gethostname(), os.getpid(), total=job.epochs or job.steps)
+        self.status = Status(time.time(), here(), os.getpid(), total=job.epochs or job.steps)
         self._written = 0.0
 
     def __enter__(self) -> JobStatus:
@@ -108,7 +112,7 @@ class JobStatus:
         """Replace the file in one step. No fsync: after a power cut nobody wants it."""
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.{status.host}.{status.pid}.tmp")
+        partial = self.path.with_name(f".{self.path.name}.{this_host()}.{status.pid}.tmp")
         with contextlib.suppress(OSError):  # the disk is full, or the watcher has gone: the job matters more
             partial.write_text(json.dumps(asdict(status)))
             partial.replace(self.path)
@@ -139,12 +143,12 @@ class Board:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._host = socket.gethostname()
+        self._host = here()
         self._since = 0.0
 
     def __enter__(self) -> Board:
         self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / f".since.{self._host}.{os.getpid()}"
+        probe = self.folder / f".since.{this_host()}.{os.getpid()}"
         probe.touch()
         self._since = probe.stat().st_mtime  # the file system's clock, not this machine's
         probe.unlink()

@@ -21,10 +21,10 @@ from ganomaly_plugin.estimate import clock, job_left, sweep_left
 from ganomaly_plugin.live import LiveView
 from ganomaly_plugin.progress import status_folder
 from ganomaly_plugin.runner import Plan, Settings, run_chunk
-from ganomaly_plugin.status import Board, JobStatus, Status
+from ganomaly_plugin.status import Board, JobStatus, Status, here
 from ganomaly_plugin.store import Store
 
-HERE = os.uname().nodename
+HERE = here()
 
 
 def job(detector: str, category: str = "0", seed: int = 0, dataset: str = "digits", epochs: int | None = 4) -> Job:

@@ -31,6 +31,11 @@ def test_frames_and_tables(tmp_path: Path) -> None:
     assert list(table.index) == ["a", "b<i>"] and list(table.columns) == ["0", "1", "2", "mean"]
     assert table.loc["a", "0"] == pytest.approx(np.mean([made[0].record.metrics["auroc"], made[1].record.metrics["auroc"]]))
     assert results.table("eer").loc["b<i>", "0"] < results.table("eer").loc["a", "0"]
+    assert results.table(value="n").loc["a"].tolist() == [2, 2, 0, 0] and results.table(value="std").loc["a", "1"] > 0
+    assert len(results.history) == 8 * 5 and list(results.history["epoch"][:5]) == [1, 2, 3, 4, 5]
+    assert results.history.groupby(["detector", "class", "seed"])["loss"].min().eq(0.2).all()
+    with pytest.raises(InvalidInput, match="Unknown value 'median'"):
+        results.table(value="median")  # type: ignore[arg-type]
     html = results._repr_html_()
     assert "b&lt;i&gt;" in html and "<i>" not in html and "<strong>" in html and "8 jobs done, 1 failed" in html
     with pytest.raises(InvalidInput, match="0 tables of auroc are meant"):
@@ -64,6 +69,9 @@ def test_stats_over_data_sets(tmp_path: Path, bench) -> None:
 
 def test_hardly_any_results(tmp_path: Path, bench) -> None:
     empty = Store(tmp_path / "empty", create=True).folder
+    results = load_results(empty)
+    assert all(frame.empty for frame in (results.runs, results.scores, results.history))
+    assert results._repr_html_() == f"<p>Results(&#x27;{empty}&#x27;: 0 jobs done, 0 failed)</p>"
     only_failures = fill(tmp_path / "failed", [failed("a"), failed("b")]).folder
     for folder, text in ((empty, "no finished job (0 records)"), (only_failures, "no luck")):
         for command in ("tables", "stats"):

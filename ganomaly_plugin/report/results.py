@@ -6,16 +6,20 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
+from typing import Literal
 
 import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.report.frame import GROUP, runs_frame, split_category
 from ganomaly_plugin.report.measures import DEFAULT_FPR, measured_frame
 from ganomaly_plugin.report.tables import MEAN, Table, make_tables
 from ganomaly_plugin.report.writers import caption, cell_text, rank_cell, reference_cells
 from ganomaly_plugin.store import Store
+
+_VALUES = ("mean", "std", "n")
+_WHERE = ("key", "detector", "dataset", "protocol", "class", "seed")
 
 
 class Results:
@@ -59,34 +63,57 @@ class Results:
             named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
             named |= {"class": split_category(job)[1], "seed": job.seed}  # type: ignore[dict-item]
             parts.append(pd.DataFrame({name: arrays[name] for name in ("test_index", "is_anomaly", "score")}).assign(**named))
-        columns = ["key", "detector", "dataset", "protocol", "class", "seed", "test_index", "is_anomaly", "score"]
+        columns = [*_WHERE, "test_index", "is_anomaly", "score"]
         return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+    @functools.cached_property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch of a finished job.
+
+        Columns: key, detector, dataset, protocol, class, seed, epoch (from 1), and a column for each loss that any job has.
+        """
+        rows = []
+        for record in self.records:
+            job = record.job
+            named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
+            where = {**named, "class": split_category(job)[1], "seed": job.seed}
+            rows += [{**where, "epoch": epoch, **losses} for epoch, losses in enumerate(record.history, 1)]
+        return pd.DataFrame(rows, columns=None if rows else [*_WHERE, "epoch"])
 
     def tables(self, metrics: Sequence[str] = ("auroc",), *, fpr: float = DEFAULT_FPR) -> list[Table]:
         """The tables of `metrics`, one for each data set and protocol; see `make_tables`."""
         return make_tables(measured_frame(self.store, self.records, metrics, fpr), metrics, fpr=fpr)
 
     def table(
-        self, metric: str = "auroc", *, dataset: str | None = None, protocol: str | None = None, fpr: float = DEFAULT_FPR
+        self,
+        metric: str = "auroc",
+        *,
+        dataset: str | None = None,
+        protocol: str | None = None,
+        value: Literal["mean", "std", "n"] = "mean",
+        fpr: float = DEFAULT_FPR,
     ) -> pd.DataFrame:
-        """One table: detectors × classes and their mean, each the mean over seeds.
+        """One table: detectors × classes and their mean, each over seeds.
 
         Args:
             metric: Name of a metric.
             dataset: Needed where there are several.
             protocol: Needed where there are several.
+            value: Of each cell the mean over seeds, their standard deviation (n - 1), or how many there are.
             fpr: The false-positive rate that sets the threshold of "f1".
 
         Raises:
-            InvalidInput: No table or several are meant, or the metric is unknown.
+            InvalidInput: No table or several are meant, or the metric or value is unknown.
         """
+        if value not in _VALUES:
+            raise unknown("value", value, _VALUES)
         made = [table for table in self.tables((metric,), fpr=fpr) if table.metric == metric]
         chosen = [t for t in made if dataset in (None, t.dataset, t.where[0]) and protocol in (None, t.protocol)]
         if len(chosen) != 1:
             there = ", ".join(f"{table.dataset} / {table.protocol}" for table in made) or "(none)"
             raise InvalidInput(f"{len(chosen)} tables of {metric} are meant. Give dataset and protocol of one of: {there}.")
         (table,) = chosen
-        rows = {row: {column: table.cells[row][column].mean for column in table.columns} for row in table.rows}
+        rows = {row: {column: getattr(table.cells[row][column], value) for column in table.columns} for row in table.rows}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("detector")
 
     def groups(self) -> Iterator[tuple[tuple[str, ...], list[RunRecord]]]:
