@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,22 @@ def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def slurm(slurm_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's commands reach the cluster, from here and from processes that are started here."""
     monkeypatch.setenv("SLURM_CONF", slurm_cluster)
+
+
+@pytest.fixture
+def ray_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A real Ray cluster of two nodes with a processor each, all on 127.0.0.1."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's way to say: stay on the loopback address
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture

@@ -36,9 +36,7 @@ SWEEP = ("run", "--datasets", "digits", "--classes", "0", "--device", "cpu", "--
 HERE = ("--executor", "inline")  # where the test is not about workers: to start one takes seconds
 
 
-LOCAL = pytest.param("local")
-SLURM = pytest.param("slurm", marks=pytest.mark.slurm)
-KINDS = ["inline", LOCAL, SLURM]
+KINDS = ["inline", "local", *(pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ("ray", "slurm"))]
 
 
 @pytest.fixture(params=KINDS)
@@ -46,6 +44,8 @@ def make(request: pytest.FixtureRequest, folder: Path) -> Make:
     """Makes the executor under test, with two places to work where it has places."""
     kind = request.param
     options_of: dict[str, dict[str, Any]] = {"local": {"workers": 2}}
+    if kind == "ray":
+        options_of["ray"] = {"address": request.getfixturevalue("ray_cluster").address}
     if kind == "slurm":
         request.getfixturevalue("slurm")
         options_of["slurm"] = {"cpus_per_job": 1, "slurm_folder": str(folder / "private")}
@@ -195,6 +195,9 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"executor": "inline", "timeout": 3.0}, "--timeout is for --executor local.*, not inline"),
         ({"executor": "inline", "jobs_per_device": 3}, "--jobs-per-device is for --executor local, not inline"),
         ({"partition": "gpu"}, "--partition is for --executor slurm, not local"),
+        ({"executor": "ray", "devices": ("0",)}, "--devices is for --executor local, not ray"),
+        ({"address": "10.0.0.1:6379"}, "--address is for --executor ray, not local"),
+        ({"executor": "ray", "gpus_per_job": -0.5}, "--gpus-per-job must be at least 0, got -0.5"),
         ({"executor": "slurm", "workers": 2}, "--workers is for --executor local, not slurm"),
         ({"executor": "slurm", "gpus_per_job": 0.5}, "--gpus-per-job must be a whole number for SLURM, got 0.5"),
         ({"executor": "slurm", "time": "soon"}, "--time must be minutes, H:MM:SS or D-HH:MM, got 'soon'"),
@@ -209,6 +212,20 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Where(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "message"),
+    [
+        ({"executor": "ray"}, "cuda:1", "--device must be auto, cpu or cuda on a cluster.*got 'cuda:1'"),
+        ({"executor": "slurm"}, "cuda", "needs --gpus-per-job"),
+    ],
+)
+def test_devices_of_a_cluster_are_not_chosen_here(options: dict[str, Any], device: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Where(**options).check_device(device)
+    Where(**options, gpus_per_job=1).check_device("cuda")
+    Where(**options).check_device("auto")
 
 
 def test_a_worker_process_is_the_default(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def connect(address: str | None) -> Any:
     if ray.is_initialized():
         return ray
     if address is not None and address != "auto":
-        _check_reachable(address)
+        check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
         if address is None:
@@ -52,7 +52,8 @@ def connect(address: str | None) -> Any:
     return ray
 
 
-def _check_reachable(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raise InvalidInput unless `address` is "host:port" and something listens there: Ray itself waits for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise InvalidInput(f"--address must be auto or host:port of the head, such as 10.0.0.1:6379, got {address!r}.")
