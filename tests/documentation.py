@@ -34,7 +34,7 @@ ELSEWHERE = {
     r"pytest( -m \w+)?": ".ci/run",
     r"ruff .*|mypy|\.ci/run": ".ci/run",
     r"(SLURM_CONF=\S+ )?bench run .*--executor slurm .*": "tests/test_slurm.py",
-    r"tests/slurm/st(art|op) .*|apt-get .* slurm-wlm munge": "tests/conftest.py::slurm_cluster, .ci/run",
+    r"tests/slurm/st(art|op) .*|apt-get .* slurm-wlm munge": "tests/conftest.py::slurm_cluster",
     r"bench run .*--executor ray .*": "tests/test_ray.py",
     r"anomalib train .*": "tests/test_lightning.py::test_the_anomalib_command_trains_tests_predicts_and_exports",
 }
