@@ -18,9 +18,9 @@ def kind_of(job: Job) -> Kind:
 
 
 def job_left(status: Status, expected: float | None, now: float) -> float | None:
-    """Seconds that a running job still takes: by its own epochs when some are over, else by what its kind takes."""
+    """Seconds that a running job still takes: by its own epochs while it trains, else by what its kind takes."""
     spent = max(0.0, now - status.started)
-    if status.share > 0:
+    if 0 < status.share < 1:
         return spent * (1 - status.share) / status.share
     return None if expected is None else max(0.0, expected - spent)
 

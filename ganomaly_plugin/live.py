@@ -110,9 +110,10 @@ class LiveView(Follower):
         """The first of several forms that fits: values and counts, one of them, or a summary of rows."""
         tall = sum(len(rows) + 2 for rows, _ in self.groups.values())
         if tall <= room:
+            unbounded = self.console.options.update(width=10_000)
             for form in ("full", "short"):
                 grids = [self._grid(*group, records, running, form) for group in self.groups.values()]
-                if all(Measurement.get(self.console, self.console.options, g).minimum <= self.console.width for g in grids):
+                if all(Measurement.get(self.console, unbounded, grid).maximum <= self.console.width for grid in grids):
                     titles = [Text(title, style="italic", no_wrap=True, overflow="ellipsis") for title in self.groups]
                     return [part for pair in zip(titles, grids, strict=True) for part in pair]
         return [self._summary(records, running, room)]

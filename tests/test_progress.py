@@ -79,6 +79,21 @@ def test_seeds_share_a_cell(tmp_path: Path) -> None:
     assert lines[3].split() == ["ganomaly", "0.850", "2/3✗", "0.700", "1/3▶"]
 
 
+def test_cells_that_do_not_fit_become_shorter_and_then_rows(tmp_path: Path) -> None:
+    jobs = [job("ganomaly", str(c), s) for c in range(10) for s in range(5)]
+    records = [done(each, 0.9) for each in jobs[:24]]
+    wide, middle, narrow = (picture(jobs, records, {}, tmp_path, width, 24) for width in (140, 80, 60))
+    assert wide[2].split() == middle[2].split() == ["AUROC", *map(str, range(10))]
+    assert wide[3].split() == ["ganomaly", *["0.900"] * 5, "4/5", *["·"] * 5]
+    assert middle[3].split() == ["ganomaly", *["0.900"] * 4, "4/5", *["·"] * 5]
+    assert narrow[1].split()[:3] == ["detector", "data", "set"] and narrow[2].split() == [
+        "ganomaly",
+        "digits",
+        "24/50",
+        "0.900",
+    ]
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 50), (40, 12), (200, 60)])
 def test_hundreds_of_cells_become_rows(tmp_path: Path, width: int, height: int) -> None:
     jobs = [
@@ -101,6 +116,7 @@ def test_hundreds_of_cells_become_rows(tmp_path: Path, width: int, height: int) 
 def test_what_is_left_by_hand() -> None:
     a, b = job("a"), job("b")
     assert job_left(at_work(0, 1), None, now=10) == 30 and job_left(at_work(0, 0), 25.0, now=10) == 15
+    assert job_left(at_work(0, 4), 25.0, now=10) == 15  # trained, and scoring
     assert sweep_left([a], [], [], 1, now=0) is None
     assert sweep_left([a, a, b], [], [(a, 10.0), (a, 20.0), (b, 3.0)], 2, now=0) == pytest.approx((15 + 15 + 3) / 2)
     assert sweep_left([a], [(a, at_work(0, 1))], [], 1, now=10) == pytest.approx(40 + 30)  # its pace stands for its kind
