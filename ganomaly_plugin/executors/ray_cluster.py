@@ -48,7 +48,10 @@ def connect(address: str | None) -> Any:
         else:
             ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise InvalidInput(f"Cannot connect to Ray at {address or 'this machine'}: {one_line(error)[:300]}") from error
+        todo = " If it was started with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN." if address else ""
+        raise InvalidInput(
+            f"Cannot connect to Ray at {address or 'this machine'}: {one_line(error)[:300].rstrip('.')}.{todo}"
+        ) from error
     return ray
 
 
