@@ -67,6 +67,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--steps", type=int, help="the budget in training steps, instead of --epochs")
     parser.add_argument("--image_size", "--image-size", type=int, help="side in pixels (default: the data set's)")
     parser.add_argument("--hparams", type=raw, help="hyperparameters for every model that has them: features=16,lr=1e-4")
+    parser.add_argument("--precision", type=str, help="float32, tf32 or bf16, of training; part of the job (default: float32)")
     parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")
     parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 1)")
     parser.add_argument("--on_bad_image", "--on-bad-image", type=str, help="fail or skip, for data sets that read image files")

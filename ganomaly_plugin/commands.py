@@ -73,6 +73,8 @@ def experiment_from(options: Any) -> Any:
         merged["out"] = f"results/{Path(str(configs[-1])).stem}" if configs else "results/run"
     hparams = merged.get("hparams", {})
     merged["hparams"] = parse_options(hparams) if isinstance(hparams, str) else _mapping(hparams)
+    if "precision" in merged:  # a hyperparameter of every recipe, which other detectors do not have
+        merged["hparams"] = {**merged["hparams"], "precision": merged.pop("precision")}
     merged["models"] = [parse_selection(item, "model") for item in merged["models"]]
     merged["datasets"] = [parse_selection(item, "data set") for item in merged["datasets"]]
     if configs:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import blobs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.detectors.alad import AladRecipe
-from ganomaly_plugin.detectors.anogan import AnoganRecipe
+from ganomaly_plugin.detectors.anogan import AnoganRecipe, _Search, weights_frozen
 from ganomaly_plugin.detectors.egbad import EgbadRecipe, fooling_loss, pair_loss
 from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe, critic_loss, gradient_penalty
 from ganomaly_plugin.detectors.skip_ganomaly import SkipGanomalyRecipe, UNet
@@ -464,3 +465,29 @@ def test_anogan_prior_is_uniform() -> None:
     z = AnoganRecipe().draw(100, torch.Generator().manual_seed(0))["z"]
     assert z.shape == (100, 100, 1, 1) and -1 <= z.min() < -0.99 and 0.99 < z.max() <= 1
     assert z.var().item() == pytest.approx(1 / 3, abs=0.02)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_to_copy"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_search_step_of_anogan_never_waits_for_the_device() -> None:
+    recipe = AnoganRecipe(features=4, latent_dim=8)
+    networks = {name: network.eval() for name, network in recipe.build((1, 16, 16)).items()}
+    images, search = torch.from_numpy(blobs(3)), _Search(torch.ones(3, 8, 1, 1))
+    features = recipe._features(networks, images).detach()
+    z = search.z
+    with Syncs() as syncs, weights_frozen(networks):
+        losses = [recipe._search_step(networks, images, features, search) for _ in range(3)]
+    assert not syncs.found and search.z is z and not z.eq(1).any() and int(search.count) == 3
+    assert not torch.equal(losses[0], losses[2])

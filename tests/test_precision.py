@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import blobs
@@ -64,3 +66,15 @@ def test_precision_is_part_of_a_job_and_float32_is_what_jobs_were_before() -> No
     assert make_detector("ganomaly", precision="bf16").hparams["precision"] == "bf16"
     with pytest.raises(InvalidInput, match="float32, tf32, bf16"):
         GanomalyRecipe(precision="fp16")  # type: ignore[arg-type]
+
+
+def test_bench_run_takes_it_as_an_option(bench, tmp_path: Path) -> None:
+    words = ["run", "--models", "ganomaly,pca", "--classes", 0, "--out", tmp_path, "--dry-run"]
+    plain = bench(*words)[1].splitlines()
+    _, stated, _ = bench(*words, "--precision", "float32")
+    assert stated.splitlines() == plain
+    code, out, _ = bench(*words, "--precision", "bf16")
+    lines = out.splitlines()
+    assert code == 0 and "precision=bf16" in lines[0] and lines[0].split()[-1] != plain[0].split()[-1] and lines[1] == plain[1]
+    code, _, err = bench(*words, "--precision", "fp16")
+    assert code == 2 and "precision must be" in err

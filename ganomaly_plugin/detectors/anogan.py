@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.networks import Decoder, Discriminator, bce, check_square, dcgan_init
@@ -149,29 +150,53 @@ class AnoganRecipe(Recipe):
         start = self._codes(1, torch.Generator().manual_seed(0)).to(images.device)
         found = start.repeat(len(images), 1, 1, 1)
         left = torch.arange(len(images), device=images.device)  # the images whose search goes on
-        z = found.clone()
-        momentum, scale = torch.zeros_like(z), torch.zeros_like(z)
+        search = _Search(found.clone())
         previous: Tensor | None = None
         with weights_frozen(networks):
             features = self._features(networks, images)
             for step in range(1, self.search_steps + 1):
-                with torch.enable_grad():
-                    z = z.detach().requires_grad_(True)
-                    losses = self._losses(networks, images, features, z)
-                    (gradient,) = torch.autograd.grad(losses.sum(), z)
-                momentum = BETA1 * momentum + (1 - BETA1) * gradient
-                scale = BETA2 * scale + (1 - BETA2) * gradient.square()
-                change = momentum / (1 - BETA1**step) / ((scale / (1 - BETA2**step)).sqrt() + TINY)
-                z = z.detach() - self.search_lr * change
+                losses = self._search_step(networks, images, features, search)
                 if self.search_tol is None or step % CHECK_EVERY:
                     continue
                 if previous is not None:
-                    found[left] = z
-                    on = losses.detach() < (1 - self.search_tol) * previous
-                    left, z, momentum, scale = left[on], z[on], momentum[on], scale[on]
-                    images, features, losses = images[on], features[on], losses[on]
+                    found[left] = search.z
+                    on = losses < (1 - self.search_tol) * previous
+                    left, images, features, losses = left[on], images[on], features[on], losses[on]
+                    search.keep(on)
                     if not len(left):
                         return found
-                previous = losses.detach()
-        found[left] = z.detach()
+                previous = losses
+        found[left] = search.z
         return found
+
+    def _search_step(self, networks: Networks, images: Tensor, features: Tensor, search: _Search) -> Tensor:
+        """Move the codes by one step of Adam, in place, and return their losses before it.
+
+        Nothing here waits for the device or depends on the number of the step, so that a CUDA graph can hold it.
+        """
+        with torch.enable_grad():
+            z = search.z.requires_grad_(True)
+            losses = self._losses(networks, images, features, z)
+            (gradient,) = torch.autograd.grad(losses.sum(), z)
+        search.z.requires_grad_(False)
+        search.move(gradient, self.search_lr)
+        return losses.detach()
+
+
+class _Search:
+    """Codes and their moments in Adam, all of them changed in place."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z, self.momentum, self.scale = z, torch.zeros_like(z), torch.zeros_like(z)
+        self.count = torch.zeros((), device=z.device)  # steps; on the device, where the fused kernel reads it
+
+    def move(self, gradient: Tensor, lr: float) -> None:
+        """One step of Adam; each code's is its own, since nothing in Adam looks at more than one number."""
+        adam(
+            [self.z], [gradient], [self.momentum], [self.scale], [], [self.count],
+            fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=lr, weight_decay=0.0, eps=TINY, maximize=False,
+        )  # fmt: skip
+
+    def keep(self, on: Tensor) -> None:
+        """Go on with the codes that `on` selects."""
+        self.z, self.momentum, self.scale = self.z[on], self.momentum[on], self.scale[on]
