@@ -63,7 +63,7 @@ def experiment_from(options: Any) -> Any:
         raise InvalidInput("trust is for the command line, not for a config. Leave it out there, and write --trust MODULE.")
     if configs and "out" in given and not on_command_line("--out", words):
         check_out(str(given["out"]), map(str, configs))
-    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", *WHERE):
+    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "stack", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
     merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
@@ -101,6 +101,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
     from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
+    from ganomaly_plugin.stacking import Stacking
     from ganomaly_plugin.store import Store
 
     began = time.perf_counter()
@@ -110,8 +111,9 @@ def run(options: Any) -> int:
     from ganomaly_plugin.detectors.base import resolve_device
 
     where.check_device(experiment.device)
-    if where.on_this_machine:
-        resolve_device(experiment.device)
+    device = resolve_device(experiment.device).type if where.on_this_machine else experiment.device.partition(":")[0]
+    trainer = options.trainer or "auto"
+    stacking = Stacking(trainer, on_gpu=device == "cuda", most=options.stack, workers=where.at_once)
     check_loggers(options.logger or ())
     jobs = expand(experiment)
     out = Path(experiment.out)
@@ -124,6 +126,8 @@ def run(options: Any) -> int:
     print(f"{note} → {out}", file=sys.stderr)
     if plan.failed:
         print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
+    for remark in stacking.remarks(plan.missing):
+        print(remark, file=sys.stderr)
     loggers = Loggers(options.logger or (), out)
     for record in plan.done:
         loggers.log(record)
@@ -134,7 +138,8 @@ def run(options: Any) -> int:
     executor = make_executor(where, functools.partial(failure, settings=settings), store)
     interrupted = False
     try:
-        records = contextlib.closing(sweep(plan, store, executor, functools.partial(run_chunk, settings=settings)))
+        run_here = functools.partial(run_chunk, settings=settings)
+        records = contextlib.closing(sweep(plan, store, executor, run_here, stacking.chunks))
         with records as arriving, following(plan, status) as shown:
             for record in shown.follow(arriving):
                 loggers.log(record)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import random
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
+from ganomaly_plugin.cell import Cell
 from ganomaly_plugin.claims import Claims
-from ganomaly_plugin.core import Chunk, Detector, Executor, Job, Outcome, RunRecord
-from ganomaly_plugin.datasets.base import load_dataset
-from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
+from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.errors import BenchError, one_line
+from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
-from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
-from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
-from ganomaly_plugin.registry import make_detector
-from ganomaly_plugin.samples import sample
 from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
+from ganomaly_plugin.training.together import Member, fit_together
 
 _LOOK_AGAIN = 1.0  # seconds between looks at jobs that another sweep is at
-REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
 
 
 @dataclass(frozen=True)
@@ -40,25 +34,23 @@ class Settings:
     status: str | None = None  # folder where running jobs tell how far they are; None: nobody watches
 
 
-def seed_everything(job: Job) -> None:
-    """Seed the global generators from the job alone, for detectors that use them."""
-    seed = int(job.key, 16) % 2**32
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - other packages' detectors read the global state
-    torch.manual_seed(seed)
-
-
 def run_job(job: Job, settings: Settings) -> Outcome:
     """Run one job from data to record; an error becomes a failed record."""
     began = time.perf_counter()
     try:
         with JobStatus(settings.status, job) as status:
-            outcome = _run(job, settings, status)
+            cell = Cell(job, data_root=settings.data_root, device=str(resolve_device(settings.device)))
+            status.images = len(cell.split.train)
+            outcome = cell.outcome(cell.fit(status))
         check_storable(outcome.record)
         return outcome
     except Exception as error:  # a detector may raise anything, and the sweep goes on
-        trace = None if isinstance(error, BenchError) else traceback.format_exc()
-        return failure(job, one_line(error), time.perf_counter() - began, settings, trace)
+        return _failed(job, error, time.perf_counter() - began, settings)
+
+
+def _failed(job: Job, error: Exception, seconds: float, settings: Settings) -> Outcome:
+    trace = None if isinstance(error, BenchError) else "".join(traceback.format_exception(error))
+    return failure(job, one_line(error), seconds, settings, trace)
 
 
 def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str | None = None) -> Outcome:
@@ -75,9 +67,45 @@ def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str
 
 
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
-    """Run the jobs of a chunk; exactly one outcome each."""
-    for job in chunk:
-        yield run_job(job, settings)
+    """Run the jobs of a chunk; exactly one outcome each. Several are a stack: their models are trained together."""
+    if len(chunk) == 1:
+        yield run_job(chunk[0], settings)
+    else:
+        yield from _run_stack(chunk, settings)
+
+
+def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
+    """Train the models of jobs that share detector, hyperparameters, data and budget together, and score each by itself."""
+    device = resolve_device(settings.device)
+    began = time.perf_counter()
+    cells: list[tuple[Cell, Member]] = []
+    with contextlib.ExitStack() as watched:
+        for job in chunk:
+            status = watched.enter_context(JobStatus(settings.status, job))
+            try:
+                cell = Cell(job, data_root=settings.data_root, device=str(device))
+            except Exception as error:  # its own affair, as in `run_job`
+                yield _failed(job, error, time.perf_counter() - began, settings)
+                continue
+            status.images = len(cell.split.train)
+            index = torch.from_numpy(cell.split.train)
+            cells.append((cell, Member(cell.detector, index, job.seed, status.hook(cell.oracle))))
+        if not cells:
+            return
+        first = cells[0][0]
+        steps, epochs = first.job.steps, first.job.epochs
+        fit_together([each for _, each in cells], check_images(first.dataset.images), epochs=epochs, steps=steps, device=device)
+        oracles = sum(cell.oracle.seconds for cell, _ in cells if cell.oracle)
+        seconds = (time.perf_counter() - began - oracles) / len(cells)  # each job's share
+        for cell, member in cells:
+            try:
+                if member.error is not None:
+                    raise member.error
+                outcome = cell.outcome(seconds)
+                check_storable(outcome.record)
+            except Exception as error:
+                outcome = _failed(cell.job, error, seconds, settings)
+            yield outcome
 
 
 def _device_name(device: str) -> str:
@@ -85,96 +113,6 @@ def _device_name(device: str) -> str:
         return str(resolve_device(device))
     except BenchError:
         return device
-
-
-def _run(job: Job, settings: Settings, status: JobStatus) -> Outcome:
-    seed_everything(job)
-    device = str(resolve_device(settings.device))
-    dataset = load_dataset(job.dataset, root=settings.data_root, **job.data)
-    split = make_split(dataset, job.protocol, job.category, job.seed, **job.sampling)
-    test = dataset.images[split.test]
-    oracle = _Oracle(job, test, split.is_anomaly) if get_protocol(job.protocol).oracle else None
-    detector = make_detector(job.detector, **job.hparams)
-
-    began = time.perf_counter()
-    budget = {"epochs": job.epochs} if job.steps is None else {"steps": job.steps}
-    status.images = len(split.train)
-    detector.fit(dataset.images[split.train], seed=job.seed, device=device, on_epoch=status.hook(oracle), **budget)
-    fit_seconds = time.perf_counter() - began - (oracle.seconds if oracle else 0.0)
-    began = time.perf_counter()
-    score = check_scores(detector.score(test), len(test), job.label or job.detector)
-    score_seconds = time.perf_counter() - began
-
-    reference_index, origin = _reference(job, split)
-    reference = check_scores(detector.score(dataset.images[reference_index]), len(reference_index), job.label or job.detector)
-    metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
-    history: list[dict[str, float]] = [dict(losses) for losses in getattr(detector, "history_", [])]
-    if oracle is not None and oracle.aurocs:
-        metrics["auroc_oracle"] = max(oracle.aurocs)
-        metrics["oracle_epoch"] = float(np.argmax(oracle.aurocs)) + 1
-        history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(oracle.aurocs)]
-    notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
-    notes["source"] = dict(dataset.source)
-    if dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
-        metrics |= _pixel_metrics(detector, test, dataset.masks[split.test], notes)
-    n_anomalous = int(split.is_anomaly.sum())
-    record = RunRecord(
-        job=job,
-        status="done",
-        metrics=metrics,
-        counts={
-            "train": len(split.train),
-            "train_anomalous": split.contaminating,
-            "reference": len(reference),
-            "test_normal": len(test) - n_anomalous,
-            "test_anomalous": n_anomalous,
-        },
-        seconds={"fit": fit_seconds, "score": score_seconds},
-        split_digest=split.digest,
-        reference=origin,
-        notes=notes,
-        environment=environment(device),
-        history=history,
-    )
-    arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
-    if hasattr(detector, "named_scores"):
-        arrays |= named_arrays(detector.named_scores(test), detector.named_scores(dataset.images[reference_index]))
-    return Outcome(record, arrays, sample(detector, test, split.is_anomaly, score))
-
-
-def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:
-    """Pixel AUROC and AUPRO of the anomaly maps; a measure that cannot be taken is a note instead."""
-    maps = np.asarray(detector.anomaly_map(test))
-    found = {}
-    for name, measure in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):
-        try:
-            found[name] = measure(maps, masks)
-        except InvalidInput as error:
-            notes[name] = one_line(error)
-    return found
-
-
-def _reference(job: Job, split: Split) -> tuple[np.ndarray, str]:
-    """Normal images for a threshold: the held-out ones, else a seeded sample of the training images."""
-    if len(split.reference):
-        return split.reference, "held-out"
-    order = np.random.default_rng([job.seed, 3]).permutation(split.train)
-    return np.sort(order[:REFERENCE_LIMIT]), "train"
-
-
-class _Oracle:
-    """Test AUROC after each epoch: what choosing the epoch on the test set would give. Recorded, never the result."""
-
-    def __init__(self, job: Job, test: np.ndarray, is_anomaly: np.ndarray) -> None:
-        self.name, self.test, self.is_anomaly = job.label or job.detector, test, is_anomaly
-        self.aurocs: list[float] = []
-        self.seconds = 0.0
-
-    def __call__(self, epoch: int, detector: Detector) -> None:
-        began = time.perf_counter()
-        score = check_scores(detector.score(self.test), len(self.test), self.name)
-        self.aurocs.append(auroc(self.is_anomaly, score))
-        self.seconds += time.perf_counter() - began
 
 
 @dataclass
@@ -208,8 +146,21 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
     return plan
 
 
+#: Which jobs go together: every job in exactly one chunk.
+Chunked = Callable[[list[Job]], Iterable[Chunk]]
+
+
+def one_by_one(jobs: list[Job]) -> Iterator[Chunk]:
+    """Each job is a chunk of its own."""
+    return ((job,) for job in jobs)
+
+
 def sweep(
-    plan: Plan, store: Store, executor: Executor, run: Callable[[Chunk], Iterable[Outcome]]
+    plan: Plan,
+    store: Store,
+    executor: Executor,
+    run: Callable[[Chunk], Iterable[Outcome]],
+    chunked: Chunked = one_by_one,
 ) -> Generator[RunRecord, None, None]:
     """Run what is missing, store each outcome as it comes, and yield its record.
 
@@ -221,7 +172,7 @@ def sweep(
     with Claims(store.folder / "claims") as claims:
         while waiting:
             taken: set[str] = set()
-            for outcome in executor.map(run, _claimed(waiting, store, before, claims, taken)):
+            for outcome in executor.map(run, _claimed(chunked(waiting), store, before, claims, taken)):
                 settled = store.settle(outcome)
                 claims.release(settled.job)
                 yield settled
@@ -237,12 +188,18 @@ def sweep(
                 time.sleep(_LOOK_AGAIN)
 
 
-def _claimed(jobs: list[Job], store: Store, before: dict[str, RunRecord], claims: Claims, taken: set[str]) -> Iterator[Chunk]:
-    """Those of `jobs` that nobody else is at or has finished since, each claimed as an executor asks for it."""
-    for job in jobs:
-        if store.get(job) == before.get(job.key) and claims.take(job):
-            if store.get(job) == before.get(job.key):
-                taken.add(job.key)
-                yield (job,)
-            else:  # finished by another between the look and the claim
-                claims.release(job)
+def _claimed(
+    chunks: Iterable[Chunk], store: Store, before: dict[str, RunRecord], claims: Claims, taken: set[str]
+) -> Iterator[Chunk]:
+    """The chunks, less the jobs that somebody else is at or has finished since, claimed as an executor asks for them."""
+    for chunk in chunks:
+        mine = []
+        for job in chunk:
+            if store.get(job) == before.get(job.key) and claims.take(job):
+                if store.get(job) == before.get(job.key):
+                    mine.append(job)
+                else:  # finished by another between the look and the claim
+                    claims.release(job)
+        taken.update(job.key for job in mine)
+        if mine:
+            yield tuple(mine)

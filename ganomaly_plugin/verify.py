@@ -24,6 +24,7 @@ from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
 from ganomaly_plugin.recipe import Networks
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import scoring_mode
+from ganomaly_plugin.training.stacked import StackedTrainer
 
 Replay = tuple[np.ndarray, Networks]
 LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
@@ -54,6 +55,13 @@ def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches
     return _table(losses), trainer.networks
 
 
+def _stacked(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
+    """The recorded training as the second of three models; its neighbours see other images."""
+    stack = StackedTrainer(recipe, [networks] * 3, seeds=[0, 1, 2], device=device)
+    losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
+    return _table([{name: value[1] for name, value in step.items()} for step in losses]), stack.scoring_networks(1)
+
+
 def _lightning(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
     from ganomaly_plugin.training.lightning_replay import replay  # anomalib takes seconds to import
 
@@ -68,7 +76,7 @@ def _table(losses: list[dict[str, Tensor]]) -> np.ndarray:
 
 Replayer = Callable[[GanomalyRecipe, dict[str, torch.nn.Module], Tensor, torch.device], Replay]
 #: A trainer by name: (recipe, networks at their initial weights, batches, device) → (losses (steps, 5), networks).
-TRAINERS: Mapping[str, Replayer] = {"plain": _plain, "lightning": _lightning}
+TRAINERS: Mapping[str, Replayer] = {"plain": _plain, "stacked": _stacked, "lightning": _lightning}
 
 
 def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str = "cpu") -> list[Difference]:

@@ -36,6 +36,18 @@ def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
     assert rows["mflop_per_image"][0] > rows["mflop_per_image"][2] and (rows["share_of_ceiling"] > 0).all()
 
 
+def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
+    trainers = "plain,stacked-grouped,stacked-matmul,stacked"
+    words = ["--models", "ae", "--trainers", trainers, "--jobs", 3, "--peers", "none", "--measure", "training"]
+    words += ["--image-size", 16, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
+    assert bench("speed", *words, "--out", tmp_path / "speed.csv")[0] == 0
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    assert list(rows["models"]) == [1, 3, 3, 3] and list(rows["images_per_call"]) == [4, 12, 12, 12]
+    assert rows["mflop_per_image"].round(6).nunique() == 1
+    code, _, said = bench("speed", "--models", "f_anogan", "--trainers", "stacked", "--peers", "none", "--image-size", 16)
+    assert code == 2 and "cannot be stacked: it trains in 2 stages" in said
+
+
 def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:
     words = ["--models", "ganomaly,anogan[search_steps=3],mean_intensity", "--measure", "scoring", "--features", 2]
     words += ["--images", 20, "--dataset", "digits", "--image-size", 16, "--repeats", 5, "--out", tmp_path / "score.csv"]

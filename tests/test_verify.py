@@ -17,9 +17,10 @@ from ganomaly_plugin.training.scoring import scoring_mode
 from ganomaly_plugin.verify import LOSSES, verify
 
 
-def test_every_recording_passes(golden: list[Path], bench) -> None:
+@pytest.mark.parametrize("trainer", ["plain", "stacked"])
+def test_every_recording_passes(golden: list[Path], bench, trainer: str) -> None:
     assert len(golden) == 3
-    code, out, _ = bench("verify", *golden)
+    code, out, _ = bench("verify", *golden, "--trainer", trainer)
     assert code == 0, out
     assert out.count(": ok") == 12 and out.endswith("verified\n")
 

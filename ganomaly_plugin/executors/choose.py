@@ -129,6 +129,13 @@ class Where:
             more=parse_options(self.sbatch) if self.sbatch else {},
         )
 
+    @property
+    def at_once(self) -> int:
+        """How many chunks run at the same time on this machine; 1 for a cluster, whose size is its own affair."""
+        if self.kind != "local":
+            return 1
+        return len(local_slots(self.devices, self.jobs_per_device or 1, self.workers))
+
     def _given(self) -> Iterator[str]:
         return (each.name for each in fields(self) if each.name != "executor" and getattr(self, each.name) is not None)
 

@@ -12,7 +12,8 @@ from ganomaly_plugin.images import to_float
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.speed.authors import AuthorsStep
 from ganomaly_plugin.speed.timing import Samples, Stopwatch, Task, Timing
-from ganomaly_plugin.speed.trainers import Prepared, Setting, batches
+from ganomaly_plugin.speed.trainers import Prepared, Setting, indices
+from ganomaly_plugin.training.plain import resident
 
 PEERS = ("authors", "anomalib")
 
@@ -20,8 +21,13 @@ PEERS = ("authors", "anomalib")
 def authors(recipe: GanomalyRecipe, setting: Setting) -> Prepared:
     """The step in the authors' form, on the batches that the plain trainer gets."""
     step = AuthorsStep(recipe, setting.chw, setting.device)
-    feed = batches(setting.images, recipe.batch_size, setting.device)
-    return Prepared(lambda: step(to_float(next(feed).to(setting.device))), images=min(recipe.batch_size, len(setting.images)))
+    data = resident(setting.images, setting.device)
+    order = indices(len(data), recipe.batch_size)
+
+    def train() -> None:
+        step(to_float(data[next(order).to(data.device)].to(setting.device)))
+
+    return Prepared(train, images=min(recipe.batch_size, len(setting.images)))
 
 
 class AnomalibEngine:

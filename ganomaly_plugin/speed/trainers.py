@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Recipe, Stage
-from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, resident
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
+from ganomaly_plugin.training.stacked import How, make_stack, why_not_stackable
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,22 @@ def plain(recipe: Recipe, stage: Stage, setting: Setting) -> Prepared:
     """One model, eager."""
     trainer = PlainTrainer(recipe, build_networks(recipe, setting.chw, seed=0), seed=0, device=setting.device)
     trainer.begin(stage)
-    feed = batches(setting.images, recipe.batch_size, setting.device)
+    data = resident(setting.images, setting.device)
+    order = indices(len(data), recipe.batch_size)
     cycle = steps_in_cycle(stage)
 
     def step() -> None:
         for _ in range(cycle):
-            trainer.step(next(feed))
+            trainer.step(data[next(order).to(data.device)])
 
     return Prepared(step, images=cycle * min(recipe.batch_size, len(setting.images)))
 
 
-def batches(images: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches without end, gathered as in training: from data on the device, in a new order each epoch."""
-    data, rng = resident(images, device), torch.Generator().manual_seed(1)
+def indices(n: int, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
+    """Index tensors of batches without end, in a new order each epoch, as in training."""
+    order = order_of(seed)
     while True:
-        for index in epoch_batches(len(data), batch_size, rng):
-            yield data[index.to(data.device)]
+        yield from epoch_batches(n, batch_size, order)
 
 
 def steps_in_cycle(stage: Stage) -> int:
@@ -69,5 +72,33 @@ def steps_in_cycle(stage: Stage) -> int:
     return math.lcm(*(phase.every for phase in stage.phases))
 
 
-#: The trainers by name.
-TRAINERS: Mapping[str, Prepare] = {"plain": plain}
+def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = None) -> Prepared:
+    """`setting.jobs` models of one recipe together."""
+    _check_stackable(recipe)
+    seeds = range(setting.jobs)
+    models = [build_networks(recipe, setting.chw, seed=seed) for seed in seeds]
+    stack = make_stack(recipe, models, seeds=seeds, device=setting.device, how=how)
+    data = resident(setting.images, setting.device)
+    orders = [indices(len(data), recipe.batch_size, seed) for seed in seeds]
+
+    def step() -> None:
+        index = torch.stack([next(order) for order in orders])
+        stack.step(data[index.to(data.device)])
+
+    return Prepared(step, images=setting.jobs * min(recipe.batch_size, len(setting.images)), models=setting.jobs)
+
+
+def _check_stackable(recipe: Recipe) -> None:
+    reason = why_not_stackable(recipe)
+    if reason is not None:
+        raise InvalidInput(f"{type(recipe).__name__} cannot be stacked: {reason}. Time it with --trainers plain.")
+
+
+#: The trainers by name; how the stacked one carries out a step is the device's affair, unless the name says it.
+TRAINERS: Mapping[str, Prepare] = {
+    "plain": plain,
+    "stacked": stacked,
+    "stacked-turns": functools.partial(stacked, how="turns"),
+    "stacked-grouped": functools.partial(stacked, how="grouped"),
+    "stacked-matmul": functools.partial(stacked, how="matmul"),
+}

@@ -14,6 +14,7 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Stage
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
+from ganomaly_plugin.training.memory import models_that_fit
 from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
 from ganomaly_plugin.training.stacked import How, Stack, make_stack
 
@@ -57,7 +58,7 @@ def fit_together(
             member.error = error
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
-    for courses in by_batch.values():
+    for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device)):
         try:
             _run(courses, resident(data, device), device, how)
         except torch.OutOfMemoryError as error:
@@ -109,6 +110,16 @@ class _Course:
             self.is_over = True
             return
         self.left, self.losses, self.epoch = deque(batches), [], self.epoch + 1
+
+
+def _packed(courses: list[_Course], data: Tensor, device: torch.device) -> list[list[_Course]]:
+    """The courses in as few stacks as the device's memory allows, of about equal sizes. A CPU takes its models in turns."""
+    if device.type == "cpu":
+        return [courses]
+    _, c, h, w = data.shape
+    fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), torch.cuda.mem_get_info(device)[0])
+    count = -(-len(courses) // fit)
+    return [courses[k::count] for k in range(count)]
 
 
 def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | None) -> None:

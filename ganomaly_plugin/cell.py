@@ -1,0 +1,158 @@
+"""One job between its data and its outcome: what is trained on, what is scored, and what is made of the scores."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
+from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
+from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
+from ganomaly_plugin.provenance import environment
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.samples import sample
+from ganomaly_plugin.status import JobStatus
+
+REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
+
+
+def seed_everything(job: Job) -> None:
+    """Seed the global generators from the job alone, for detectors that use them."""
+    seed = int(job.key, 16) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - other packages' detectors read the global state
+    torch.manual_seed(seed)
+
+
+class Cell:
+    """A job with its data and a detector that is yet to be fitted.
+
+    Args:
+        job: The job.
+        data_root: Folder of the data sets.
+        device: The torch device that it is trained and scored on.
+
+    Raises:
+        BenchError: The data set, the split or the detector cannot be had.
+    """
+
+    def __init__(self, job: Job, *, data_root: str | None, device: str) -> None:
+        seed_everything(job)
+        self.job, self.device = job, device
+        self.dataset = load_dataset(job.dataset, root=data_root, **job.data)
+        self.split = make_split(self.dataset, job.protocol, job.category, job.seed, **job.sampling)
+        self.oracle = Oracle(self) if get_protocol(job.protocol).oracle else None
+        self.detector: Any = make_detector(job.detector, **job.hparams)
+
+    @property
+    def name(self) -> str:
+        """How messages call the detector."""
+        return self.job.label or self.job.detector
+
+    @property
+    def budget(self) -> dict[str, int | None]:
+        """The job's epochs or steps, as `fit` takes them."""
+        return {"epochs": self.job.epochs} if self.job.steps is None else {"steps": self.job.steps}
+
+    def fit(self, status: JobStatus) -> float:
+        """Train the detector; the seconds that took, without what the oracle took."""
+        began = time.perf_counter()
+        train = self.dataset.images[self.split.train]
+        hook = status.hook(self.oracle)
+        self.detector.fit(train, seed=self.job.seed, device=self.device, on_epoch=hook, **self.budget)
+        return time.perf_counter() - began - (self.oracle.seconds if self.oracle else 0.0)
+
+    def score(self, index: np.ndarray) -> np.ndarray:
+        """Checked scores of the images at `index`, float64 `(n,)`."""
+        return check_scores(self.detector.score(self.dataset.images[index]), len(index), self.name)
+
+    def outcome(self, fit_seconds: float) -> Outcome:
+        """Score with the fitted detector and make the record."""
+        job, split, detector = self.job, self.split, self.detector
+        began = time.perf_counter()
+        score = self.score(split.test)
+        score_seconds = time.perf_counter() - began
+
+        reference_index, origin = _reference(job, split)
+        reference = self.score(reference_index)
+        metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
+        history: list[dict[str, float]] = [dict(losses) for losses in getattr(detector, "history_", [])]
+        if self.oracle is not None and self.oracle.aurocs:
+            aurocs = self.oracle.aurocs
+            metrics["auroc_oracle"] = max(aurocs)
+            metrics["oracle_epoch"] = float(np.argmax(aurocs)) + 1
+            history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(aurocs)]
+        notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
+        notes["source"] = dict(self.dataset.source)
+        test = self.dataset.images[split.test]
+        if self.dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
+            metrics |= _pixel_metrics(detector, test, self.dataset.masks[split.test], notes)
+        n_anomalous = int(split.is_anomaly.sum())
+        record = RunRecord(
+            job=job,
+            status="done",
+            metrics=metrics,
+            counts={
+                "train": len(split.train),
+                "train_anomalous": split.contaminating,
+                "reference": len(reference),
+                "test_normal": len(test) - n_anomalous,
+                "test_anomalous": n_anomalous,
+            },
+            seconds={"fit": fit_seconds, "score": score_seconds},
+            split_digest=split.digest,
+            reference=origin,
+            notes=notes,
+            environment=environment(self.device),
+            history=history,
+        )
+        arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
+        if hasattr(detector, "named_scores"):
+            arrays |= named_arrays(detector.named_scores(test), detector.named_scores(self.dataset.images[reference_index]))
+        return Outcome(record, arrays, sample(detector, test, split.is_anomaly, score))
+
+
+def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:
+    """Pixel AUROC and AUPRO of the anomaly maps; a measure that cannot be taken is a note instead."""
+    maps = np.asarray(detector.anomaly_map(test))
+    found = {}
+    for name, measure in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):
+        try:
+            found[name] = measure(maps, masks)
+        except InvalidInput as error:
+            notes[name] = one_line(error)
+    return found
+
+
+def _reference(job: Job, split: Split) -> tuple[np.ndarray, str]:
+    """Normal images for a threshold: the held-out ones, else a seeded sample of the training images."""
+    if len(split.reference):
+        return split.reference, "held-out"
+    order = np.random.default_rng([job.seed, 3]).permutation(split.train)
+    return np.sort(order[:REFERENCE_LIMIT]), "train"
+
+
+class Oracle:
+    """Test AUROC after each epoch: what choosing the epoch on the test set would give. Recorded, never the result."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.aurocs: list[float] = []
+        self.seconds = 0.0
+
+    def __call__(self, epoch: int, detector: Detector) -> None:
+        """Score the test images after `epoch`; epoch 1 begins anew, for a fit may have to be started again."""
+        if epoch == 1:
+            self.aurocs, self.seconds = [], 0.0
+        began = time.perf_counter()
+        images = self.cell.dataset.images[self.cell.split.test]
+        score = check_scores(detector.score(images), len(images), self.cell.name)
+        self.aurocs.append(auroc(self.cell.split.is_anomaly, score))
+        self.seconds += time.perf_counter() - began

@@ -1,0 +1,83 @@
+"""Which jobs are trained together: those of one detector and data set, whatever their classes and seeds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ganomaly_plugin.core import Chunk, Job, canonical_json
+from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.stacked import why_not_stackable
+
+Trainer: TypeAlias = Literal["auto", "plain", "stacked"]
+TRAINERS: tuple[Trainer, ...] = ("auto", "plain", "stacked")
+MOST = 64  # models in a stack, unless the user says otherwise; what a device holds may be fewer
+
+
+def stack_key(job: Job) -> str:
+    """Equal for jobs that may be trained together: everything about a job but its class and its seed."""
+    same = (job.detector, dict(job.hparams), job.dataset, dict(job.data), job.protocol, dict(job.sampling))
+    return canonical_json([*same, job.epochs, job.steps])
+
+
+@functools.lru_cache(maxsize=256)
+def _why_alone(detector: str, hparams: str) -> str | None:
+    import json
+
+    made = make_detector(detector, **json.loads(hparams))
+    return why_not_stackable(made.recipe) if isinstance(made, RecipeDetector) else "it is not made of a recipe"
+
+
+def why_alone(job: Job) -> str | None:
+    """Why a job cannot be part of a stack; None when it can."""
+    return _why_alone(job.detector, canonical_json(dict(job.hparams)))
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How jobs are put together for training. Nothing here changes a job's key.
+
+    Attributes:
+        trainer: "plain" (each model by itself), "stacked" (together wherever the method allows it), or "auto": stacked on a
+            GPU, plain on a CPU, where it does not pay.
+        on_gpu: Whether the jobs run on one.
+        most: Models in a stack at most; None: `MOST`.
+        workers: How many chunks run at the same time; each gets its share.
+    """
+
+    trainer: str = "auto"
+    on_gpu: bool = False
+    most: int | None = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.trainer not in TRAINERS:
+            raise unknown("trainer", self.trainer, TRAINERS)
+        if self.most is not None and self.most < 1:
+            raise InvalidInput(f"--stack must be at least 1 model, got {self.most}.")
+
+    @property
+    def stacks(self) -> bool:
+        """Whether anything is put together at all."""
+        return self.trainer == "stacked" or (self.trainer == "auto" and self.on_gpu)
+
+    def chunks(self, jobs: list[Job]) -> Iterator[Chunk]:
+        """Every job in exactly one chunk: stacks where jobs go together, single jobs otherwise, in the order of the jobs."""
+        groups: dict[str, list[Job]] = {}
+        for job in jobs:
+            together = self.stacks and why_alone(job) is None
+            groups.setdefault(stack_key(job) if together else job.key, []).append(job)
+        for group in groups.values():
+            count = max(-(-len(group) // (self.most or MOST)), min(self.workers, len(group)))
+            yield from (tuple(group[k::count]) for k in range(count))
+
+    def remarks(self, jobs: Iterable[Job]) -> list[str]:
+        """One line for each detector that stacking was asked for, but that is trained alone."""
+        if self.trainer != "stacked":
+            return []
+        reasons = {job.label or job.detector: why_alone(job) for job in jobs}
+        return [f"{name} is trained by the plain trainer: {why}" for name, why in reasons.items() if why is not None]

@@ -1,0 +1,107 @@
+"""Sweeps whose seeds and classes are trained together: chunks, records, failures, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from ganomaly_plugin.combine import compare
+from ganomaly_plugin.core import Job
+from ganomaly_plugin.detectors.ae import AutoencoderRecipe
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.stacking import Stacking, stack_key, why_alone
+from ganomaly_plugin.store import Store
+from ganomaly_plugin.training.memory import bytes_of_model, models_that_fit
+
+SWEEP = ["--datasets", "digits", "--image-size", 16, "--classes", "0,1", "--seeds", "0-1"]
+SWEEP += ["--executor", "inline", "--epochs", 1]
+TINY = "[features=2,latent_dim=2]"
+
+
+def job(detector: str = "ae", category: str = "0", seed: int = 0, **more: object) -> Job:
+    fields = {"hparams": {}, "dataset": "digits", "data": {}, "protocol": "p", "epochs": 1, **more}
+    return Job(detector=detector, category=category, seed=seed, **fields)  # type: ignore[arg-type]
+
+
+class Spoiled(AutoencoderRecipe):
+    """An autoencoder one of whose trainings is spoiled: the one with these first weights."""
+
+    broken: ClassVar[list[float]] = []
+
+    def build(self, chw: tuple[int, int, int]) -> dict[str, torch.nn.Module]:
+        networks = super().build(chw)
+        weights = next(networks["encoder"].parameters())
+        if round(float(weights.detach().flatten()[0]), 6) in self.broken:
+            with torch.no_grad():
+                weights.fill_(torch.nan)
+        return networks
+
+
+def test_every_job_is_in_one_chunk_and_stacks_differ_in_class_and_seed_only() -> None:
+    jobs = [job(name, c, seed) for c in "01" for seed in range(3) for name in ("ae", "f_anogan")] + [job(epochs=2)]
+    chunks = list(Stacking("stacked", most=4).chunks(jobs))
+    assert sorted(one.key for chunk in chunks for one in chunk) == sorted(one.key for one in jobs)
+    assert sorted(map(len, chunks)) == [1] * 7 + [3, 3]
+    assert all(len({stack_key(one) for one in chunk}) == 1 for chunk in chunks)
+    assert all(len(chunk) == 1 for chunk in Stacking("plain", on_gpu=True).chunks(jobs))
+    assert all(len(chunk) == 1 for chunk in Stacking("auto").chunks(jobs))
+    assert max(map(len, Stacking("auto", on_gpu=True).chunks(jobs))) == 6
+    assert max(map(len, Stacking("auto", on_gpu=True, workers=2).chunks(jobs))) == 3
+
+
+def test_what_cannot_be_stacked_is_told() -> None:
+    assert why_alone(job("pca")) == "it is not made of a recipe" and why_alone(job("ae")) is None
+    assert Stacking("stacked").remarks([job("ae"), job("f_anogan")]) == [
+        "f_anogan is trained by the plain trainer: it trains in 2 stages"
+    ]
+    with pytest.raises(InvalidInput, match="Did you mean 'stacked'"):
+        Stacking("staked")
+    with pytest.raises(InvalidInput, match="at least 1 model"):
+        Stacking(most=0)
+
+
+def test_a_stacked_sweep_has_the_records_of_a_plain_one(bench, tmp_path: Path) -> None:
+    words = ["--models", f"ganomaly{TINY},pca", *SWEEP]
+    code, _, said = bench("run", *words, "--trainer", "stacked", "--out", tmp_path / "stacked")
+    assert code == 0 and "pca is trained by the plain trainer: it is not made of a recipe" in said
+    assert bench("run", *words, "--trainer", "plain", "--out", tmp_path / "plain")[0] == 0
+    assert compare(tmp_path / "stacked", tmp_path / "plain").same
+    for name, trainer in (("stacked", "stacked"), ("plain", "plain")):
+        records = [r for r in Store(tmp_path / name).records() if r.job.detector == "ganomaly"]
+        assert len(records) == 4 and all(r.notes["describe"]["trainer"] == trainer for r in records)
+    assert (tmp_path / "stacked" / "auc.csv").read_bytes() == (tmp_path / "plain" / "auc.csv").read_bytes()
+    code, _, said = bench("run", *words, "--trainer", "stacked", "--out", tmp_path / "plain")
+    assert code == 0 and "8 done before, 0 failed before, 0 to run" in said
+
+
+def test_the_oracle_of_the_papers_protocol_is_each_models_own(bench, tmp_path: Path) -> None:
+    words = ["--models", f"ganomaly{TINY}", *SWEEP[:-1], 2, "--protocols"]
+    for trainer in ("stacked", "plain"):
+        assert bench("run", *words, "one-anomalous/paper-v1", "--trainer", trainer, "--out", tmp_path / trainer)[0] == 0
+    plain, stacked = (Store(tmp_path / name).records() for name in ("plain", "stacked"))
+    assert [r.metrics for r in plain] == [r.metrics for r in stacked] and all("auroc_oracle" in r.metrics for r in plain)
+    assert [r.history for r in plain] == [r.history for r in stacked]
+
+
+def test_a_model_that_diverges_is_one_failed_record(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # the weights that seed 1 starts from
+        first = next(AutoencoderRecipe(features=2, latent_dim=2).build((1, 16, 16))["encoder"].parameters())
+    monkeypatch.setattr(Spoiled, "broken", [round(float(first.detach().flatten()[0]), 6)])
+    words = ["--models", f"{__name__}:Spoiled{TINY}", *SWEEP, "--trainer", "stacked", "--out", tmp_path / "out"]
+    code, _, _ = bench("run", *words)
+    records = Store(tmp_path / "out").records()
+    assert code == 1 and len(records) == 4
+    assert {(r.job.seed, r.status) for r in records} == {(0, "done"), (1, "failed")}
+    assert all("Training diverged" in (r.error or "") for r in records if r.job.seed == 1)
+
+
+def test_memory_of_a_model_grows_with_what_it_holds() -> None:
+    small, wide = AutoencoderRecipe(features=4, batch_size=8), AutoencoderRecipe(features=8, batch_size=8)
+    deep = AutoencoderRecipe(features=4, batch_size=16)
+    sizes = [bytes_of_model(recipe, (1, 16, 16)) for recipe in (small, wide, deep)]
+    assert sizes[0] < sizes[1] and sizes[0] < sizes[2] < 2 * sizes[0]
+    assert models_that_fit(small, (1, 16, 16), 10 * sizes[0]) == 8 and models_that_fit(small, (1, 16, 16), 1) == 1
