@@ -191,8 +191,8 @@ def make_executor(where: Where, lost: Lost, store: Store) -> Executor:
         folder = private_folder(store.folder, where.slurm_folder)
         return SlurmExecutor(store, lost, folder, where.resources(), **limits)
     if where.kind == "ray":
-        from ganomaly_plugin.executors.ray_cluster import RayExecutor, connect
+        from ganomaly_plugin.executors.ray_cluster import RayExecutor
 
         cpus = 1.0 if where.cpus_per_job is None else where.cpus_per_job
-        return RayExecutor(connect(where.address), lost, cpus=cpus, gpus=where.gpus_per_job or 0.0, **limits)
+        return RayExecutor(where.address, lost, cpus=cpus, gpus=where.gpus_per_job or 0.0, **limits)
     return LocalExecutor(local_slots(where.devices, where.jobs_per_device or 1, where.workers), lost, **limits)

@@ -21,10 +21,13 @@ _LOOK = 0.5  # seconds between looks at the clock
 _REACH = 10.0  # seconds for the head of a cluster to answer at all
 
 
-def connect(address: str | None) -> Any:
-    """Ray, connected to the cluster at `address`: "host:port", or "auto" for the one on this machine.
+def connect(address: str | None) -> tuple[Any, bool]:
+    """Connect this process to the cluster at `address`: "host:port", or "auto" for the one on this machine.
 
-    None takes $RAY_ADDRESS, and without it starts Ray on this machine alone. A process that is connected stays so.
+    None takes $RAY_ADDRESS, and without it starts Ray on this machine alone.
+
+    Returns:
+        Ray, and whether it was connected here: a process that is connected stays so.
 
     Raises:
         InvalidInput: Ray is not installed, or nothing answers there.
@@ -38,7 +41,7 @@ def connect(address: str | None) -> Any:
     except ImportError as error:
         raise InvalidInput("--executor ray needs Ray: pip install 'ganomaly-plugin[ray]'.") from error
     if ray.is_initialized():
-        return ray
+        return ray, False
     if address is not None and address != "auto":
         check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
@@ -52,7 +55,7 @@ def connect(address: str | None) -> Any:
         raise InvalidInput(
             f"Cannot connect to Ray at {address or 'this machine'}: {one_line(error)[:300].rstrip('.')}.{todo}"
         ) from error
-    return ray
+    return ray, True
 
 
 def check_address(address: str) -> None:
@@ -87,10 +90,10 @@ class _Task:
 
 
 class RayExecutor:
-    """Runs each chunk as a task on the cluster that `ray` is connected to.
+    """Runs each chunk as a task on a cluster. Connected from the start, so that what is wrong shows before any work.
 
     Args:
-        ray: As `connect` gives it.
+        address: Of the cluster, as `connect` takes it.
         lost: Makes the outcome of a job whose worker died or hung.
         cpus: Processors of each task; may be a fraction.
         gpus: GPUs of each task; a fraction shares one.
@@ -101,26 +104,41 @@ class RayExecutor:
     parting = ""
 
     def __init__(
-        self, ray: Any, lost: Lost, *, cpus: float = 1.0, gpus: float = 0.0, timeout: float | None = None, retries: int = 0
+        self,
+        address: str | None,
+        lost: Lost,
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        timeout: float | None = None,
+        retries: int = 0,
     ) -> None:
-        self.ray, self.cpus, self.gpus = ray, cpus, gpus
+        self.address, self.cpus, self.gpus = address, cpus, gpus
         self.timeout, self.tries = timeout, Tries(lost, retries)
-        # Ray's own retries would hide from us which try it is, and whose fault.
-        self._remote = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus)(work)
+        self.ray, self._ours = connect(address)
 
     def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
         """Yield outcomes as they come; so many chunks are taken that the cluster always has some waiting."""
-        source, again = iter(chunks), deque[Chunk]()
-        tasks: list[_Task] = []
+        connect(self.address)  # again, after an earlier map
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of lost nodes and more on stdout, which is for tables
+            try:
+                yield from self._map(run, iter(chunks))
+            finally:
+                if self._ours:
+                    self.ray.shutdown()
+
+    def _map(self, run: Callable[[Chunk], Iterable[Outcome]], source: Iterator[Chunk]) -> Iterator[Outcome]:
+        # Ray's own retries would hide from us which try it is, and whose fault.
+        remote = self.ray.remote(max_retries=0, num_cpus=self.cpus, num_gpus=self.gpus)(work)
         packed, folder, told = self.ray.put(run), str(Path.cwd()), False
+        again, tasks = deque[Chunk](), list[_Task]()
         try:
             while True:
                 while len(tasks) < 2 * self._places():
                     chunk = again.popleft() if again else next(source, None)
                     if chunk is None:
                         break
-                    values = self._remote.remote(packed, chunk, folder, list(sys.argv))
-                    tasks.append(_Task(values, chunk, list(chunk)))
+                    tasks.append(_Task(remote.remote(packed, chunk, folder, list(sys.argv)), chunk, list(chunk)))
                 if not tasks:
                     return
                 if not told and not self._fits():
