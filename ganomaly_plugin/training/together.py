@@ -90,14 +90,18 @@ class _Course:
         self._epochs: Iterator[Iterator[Tensor]] = stage_epochs(
             n, recipe.batch_size, order_of(member.seed), epochs=budget, steps=steps
         )
-        self.left: deque[Tensor] = deque(next(self._epochs))
+        self.left = self._rows(next(self._epochs))
         self.epoch = 1
         self.losses: list[Tensor] = []
         self.is_over = False
 
     def next_batch(self) -> Tensor:
         """Which of the stack's images it trains on next, `(b,)`."""
-        return self.fitting.index[self.left.popleft()]
+        return self.left.popleft()
+
+    def _rows(self, batches: Iterator[Tensor]) -> deque[Tensor]:
+        """An epoch's batches as indices into the stack's images, on the device at once: no step waits for a copy."""
+        return deque(self.fitting.index[torch.stack(list(batches))].to(self.fitting.device).unbind())
 
     def end_epoch(self, networks: Networks, steps: int, names: Sequence[str], stage: Stage) -> None:
         """Take note of the epoch that is over, and begin the next if there is one."""
@@ -109,7 +113,7 @@ class _Course:
         if batches is None:
             self.is_over = True
             return
-        self.left, self.losses, self.epoch = deque(batches), [], self.epoch + 1
+        self.left, self.losses, self.epoch = self._rows(batches), [], self.epoch + 1
 
 
 def _packed(courses: list[_Course], data: Tensor, device: torch.device) -> list[list[_Course]]:
