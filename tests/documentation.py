@@ -36,6 +36,9 @@ ELSEWHERE = {
     r"(SLURM_CONF=\S+ )?bench run .*--executor slurm .*": "tests/test_slurm.py",
     r"tests/slurm/st(art|op) .*|apt-get .* slurm-wlm munge": "tests/conftest.py::slurm_cluster",
     r"bench run .*--executor ray .*": "tests/test_ray.py",
+    r"bench run .*--executor ray.*": "tests/test_ray.py::test_a_node_is_removed_in_mid_sweep",
+    r"bench run .*--executor slurm.*": "tests/test_slurm.py::test_a_closed_runner_is_taken_up",
+    r"apt-get install .*slurm-wlm.*|tests/slurm/(start|stop) .*": "tests/test_slurm.py::test_a_closed_runner_is_taken_up",
     r"anomalib train .*": "tests/test_lightning.py::test_the_anomalib_command_trains_tests_predicts_and_exports",
 }
 
@@ -82,6 +85,11 @@ def commands(block: Block) -> Iterator[str]:
             words = words[end + 1 :]
 
 
+def bare(command: str) -> str:
+    """`command` without the assignments to environment variables in front: a test has its own path and clusters."""
+    return re.sub(r"^([A-Z_]+=\S+ )+", "", command)
+
+
 def inline_commands(page: Path) -> list[str]:
     """The `bench …` in running text that are whole commands: with a subcommand and more, and no gap."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
@@ -97,11 +105,8 @@ def without_stand_ins(command: str) -> str:
 
 
 def shrunk(command: str) -> list[str]:
-    """The words of a documented `bench` command as a test runs it: tiny networks, few of them, one epoch, this process.
-
-    `PYTHONPATH=. ` in front is dropped: the test's own path has the folder.
-    """
-    words = shlex.split(without_stand_ins(command).removeprefix("PYTHONPATH=. "))
+    """The words of a documented `bench` command as a test runs it: tiny networks, few of them, one epoch, this process."""
+    words = shlex.split(without_stand_ins(command))
     name, text = words[1], command
     if name == "run" and "--dry-run" not in words:
         if any(model in text for model in PRETRAINED):
