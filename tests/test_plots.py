@@ -22,7 +22,7 @@ from ganomaly_plugin.report.figures import FIGURES
 from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
 from ganomaly_plugin.report.figures.epochs import choices, table
 from ganomaly_plugin.report.figures.histograms import binned
-from ganomaly_plugin.report.figures.losses import loss_curves
+from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
 from ganomaly_plugin.report.figures.sheets import FRAME, sheets
 from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, styled
@@ -140,6 +140,11 @@ def test_losses_of_stages_and_of_unequal_length(tmp_path: Path) -> None:
     curves = loss_curves(group, "a")
     assert {name: int((~np.isnan(each[0])).sum()) for name, each in curves.items()} == {"gan": 2, "encoder": 1, "loss": 5}
     assert curves["gan"][:, 0].tolist() == [2, 2, 2]
+
+
+def test_long_curves_are_thinned() -> None:
+    assert thinned(3).tolist() == [0, 1, 2] and thinned(1).tolist() == [0]
+    assert len(thinned(1000)) == 150 and thinned(1000)[[0, -1]].tolist() == [0, 999]
 
 
 def test_sheets_show_truth_and_score(sweep: Path) -> None:

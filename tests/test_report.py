@@ -123,8 +123,8 @@ def test_sample_images_keep_to_their_budget(tmp_path: Path) -> None:
     whole, left = page.examples(group, budget := [10**6])
     used = 10**6 - budget[0]
     assert left == 0 and [len(each) for each in whole.values()] == [3, 3] and 0 < used < 10**5
-    some, left = page.examples(group, [used // 2])  # as many for each detector, the first classes first
-    assert left == 4 and [[each.category for each in mine] for mine in some.values()] == [["0"], ["0"]]
+    some, left = page.examples(group, [6 * used // 10])  # the first class of all detectors, then the next
+    assert left == 3 and [[each.category for each in mine] for mine in some.values()] == [["0", "1"], ["0"]]
     assert page.examples(group, [0]) == ({}, 6)
 
 

@@ -94,11 +94,9 @@ def test_bootstrap_is_the_auroc_of_the_drawn_images() -> None:
     score = np.round(rng.normal(truth, 1), 1)  # with ties
     (found,) = bootstrap_aurocs(truth, score, 1, np.random.default_rng(7))
     again = np.random.default_rng(7)
-    weights = np.zeros(40, dtype=int)
-    for kind in (True, False):
-        n = int((truth == kind).sum())
-        weights[truth == kind] = again.multinomial(n, np.full(n, 1 / n), 1)[0]
-    drawn = np.repeat(np.arange(40), weights)
+    drawn = np.concatenate(
+        [np.flatnonzero(truth == kind)[again.integers(n, size=n)] for kind, n in ((False, (~truth).sum()), (True, truth.sum()))]
+    )
     assert found == pytest.approx(auroc(truth[drawn], score[drawn]))
     with pytest.raises(InvalidInput, match="one kind is missing"):
         bootstrap_aurocs(np.ones(4, dtype=bool), np.arange(4.0), 2, rng)

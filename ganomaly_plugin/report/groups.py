@@ -64,8 +64,16 @@ class Group:
         return sum(cell.wanted - cell.n for name, cell in self.table.cells[detector].items() if name != MEAN)
 
     def arrays(self, record: RunRecord) -> Mapping[str, np.ndarray]:
-        """Scores of a finished job, as `Store.scores` gives them."""
-        return self.results.store.scores(record.job)
+        """`score`, `is_anomaly` and `reference_score` of a finished job, read once."""
+        key = record.job.key
+        if key not in self._arrays:
+            stored = self.results.store.scores(record.job)
+            self._arrays[key] = {name: stored[name] for name in ("score", "is_anomaly", "reference_score")}
+        return self._arrays[key]
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        return {}
 
     def names(self, detectors: Iterable[str] | None = None) -> dict[str, str]:
         """Short names for legends, without the options that tell none of the detectors apart."""

@@ -30,7 +30,7 @@ from ganomaly_plugin.report.tables import MEAN, Table
 from ganomaly_plugin.report.writers import caption, cell_text
 
 NARROW, WIDE = 3.6, 10.5  # inches; a page scales figures to its width
-IMAGE_BYTES = 1_200_000  # of sample images on a page, before base64
+IMAGE_BYTES = 2_500_000  # of sample images on a page, before base64; with all else that makes less than 5 MB
 MORE = ("f1", "fpr95", "eer")  # tables that are folded away
 
 
@@ -180,19 +180,18 @@ def _verdict(group: Group, comparison: Comparison) -> list[str]:
 def examples(group: Group, budget: list[int]) -> tuple[dict[str, list[Example]], int]:
     """Examples of all detectors for the first class, then for the next, as long as the budget lasts; how many are left out."""
     records = {name: by_class(group, name) for name in group.detectors}
-    found: dict[str, list[Example]] = {name: [] for name in group.detectors if records[name]}
+    found: dict[str, list[Example]] = {}
     left = 0
     for category in group.table.columns[:-1]:
-        there = [(name, records[name][category]) for name in found if category in records[name]]
-        made = [Example(name, category, r.job.seed, list(_encoded(sheets(group, r)))) for name, r in there]
-        size = sum(len(text) for example in made for _, text in example.sheets) * 3 // 4
-        if left or size > budget[0]:
-            left += len(made)
-            continue
-        budget[0] -= size
-        for example in made:
-            found[example.detector].append(example)
-    return {name: examples for name, examples in found.items() if examples}, left
+        for name, record in ((name, its[category]) for name, its in records.items() if category in its):
+            made = None if left else Example(name, category, record.job.seed, list(_encoded(sheets(group, record))))
+            size = sum(len(text) for _, text in made.sheets) * 3 // 4 if made else 0
+            if made is None or size > budget[0]:
+                left += 1
+                continue
+            budget[0] -= size
+            found.setdefault(name, []).append(made)
+    return found, left
 
 
 def _encoded(made: Iterable[Sheet]) -> Iterator[tuple[Sheet, str]]:

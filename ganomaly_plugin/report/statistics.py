@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 SEEDS_FOR_BOOTSTRAP = 8  # with fewer, resampled seeds repeat so much that the interval is far too narrow
 PAIRS_FOR_WILCOXON = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.0625
 BLOCKS_FOR_FRIEDMAN = 6  # data sets
-CHUNK = 100  # replicates held in memory at once
+HELD = 200_000  # drawn images held in memory at once
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,20 @@ def bootstrap_aurocs(is_anomaly: np.ndarray, score: np.ndarray, replicates: int,
         replicates: How many.
         rng: Source of the draws.
     """
-    order = np.argsort(score, kind="stable")
-    truth, values = is_anomaly[order], score[order]
-    n_anomalous = int(truth.sum())
-    n_normal = len(truth) - n_anomalous
+    n_anomalous, n_normal = int(is_anomaly.sum()), int((~is_anomaly).sum())
     if not n_anomalous or not n_normal:
         raise InvalidInput("AUROC needs normal and anomalous images, and one kind is missing.")
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # of each run of tied scores
+    values, place = np.unique(score, return_inverse=True)  # tied scores share a place
+    normal, anomalous = place[~is_anomaly], place[is_anomaly]  # in the images' own order: equal draws are of equal images
     found = []
-    for first in range(0, replicates, CHUNK):
-        size = min(CHUNK, replicates - first)
-        weights = np.zeros((size, len(truth)))
-        weights[:, is_anomaly] = rng.multinomial(n_anomalous, np.full(n_anomalous, 1 / n_anomalous), size)
-        weights[:, ~is_anomaly] = rng.multinomial(n_normal, np.full(n_normal, 1 / n_normal), size)
-        weights = weights[:, order]  # drawn in the images' own order, so that equal draws are draws of equal images
-        anomalous = np.add.reduceat(weights * truth, starts, axis=1)
-        normal = np.add.reduceat(weights * ~truth, starts, axis=1)
-        below = np.cumsum(normal, axis=1) - normal / 2  # normals below an anomaly, ties half
-        found.append((anomalous * below).sum(1) / (n_anomalous * n_normal))
+    step = max(1, HELD // len(score))
+    for first in range(0, replicates, step):
+        row = np.arange(min(step, replicates - first))[:, None]
+        of_normal = normal[rng.integers(n_normal, size=(len(row), n_normal))]
+        of_anomalous = anomalous[rng.integers(n_anomalous, size=(len(row), n_anomalous))]
+        drawn = np.bincount((of_normal + row * len(values)).ravel(), minlength=len(row) * len(values)).reshape(len(row), -1)
+        below = np.cumsum(drawn, axis=1) - drawn / 2  # normals below a score, ties half
+        found.append(np.take_along_axis(below, of_anomalous, axis=1).mean(axis=1) / n_normal)
     return np.concatenate(found)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures.legend import clip, line_style, marker_style
+from ganomaly_plugin.report.figures.losses import thinned
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
 from ganomaly_plugin.report.writers import markdown_escape
@@ -88,7 +89,8 @@ def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> No
     for choice in made:
         style, n = line_style(group, choice.detector, canvas.theme), len(choice.by_epoch)
         text = f"{choice.last:.3f} / {choice.best:.3f}  {clip(names[choice.detector])}"
-        axes.plot(np.arange(1, n + 1), choice.by_epoch, label=text, **style)  # type: ignore[attr-defined]
+        shown = thinned(n)
+        axes.plot(shown + 1, choice.by_epoch[shown], label=text, **style)  # type: ignore[attr-defined]
         axes.plot(n, choice.last, linestyle="", **marker_style(group, choice.detector, canvas.theme))  # type: ignore[attr-defined]
         axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)  # type: ignore[attr-defined]
     low = min(float(choice.by_epoch[len(choice.by_epoch) // 3 :].min()) for choice in made)

@@ -9,11 +9,12 @@ import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures.legend import clip, remark
-from ganomaly_plugin.report.figures.style import DASHES, DRAWN, Canvas, Drawing, log_axis, new_figure
+from ganomaly_plugin.report.figures.style import DASHES, DRAWN, LEAST_RATIO, Canvas, Drawing, log_axis, new_figure
 from ganomaly_plugin.report.groups import Group
 
 NOT_LOSSES = ("oracle_auroc",)
 PANELS = 12
+POINTS = 150  # of a curve: more is not to be seen in print
 
 
 def loss_curves(group: Group, detector: str) -> dict[str, np.ndarray]:
@@ -31,6 +32,11 @@ def loss_curves(group: Group, detector: str) -> dict[str, np.ndarray]:
         curve[:, there] = [np.nanmean(grid[:, there], 0), np.nanmin(grid[:, there], 0), np.nanmax(grid[:, there], 0)]
         found[name] = curve
     return found
+
+
+def thinned(n: int) -> np.ndarray:
+    """Positions of at most POINTS of `n` epochs, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(int))
 
 
 def losing(group: Group) -> list[str]:
@@ -68,12 +74,14 @@ def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Draw
     for axes, detector in zip(grid.flat, detectors, strict=False):
         curves = loss_curves(group, detector)
         for k, (name, (mean, low, high)) in enumerate(curves.items()):
-            colour, epoch = canvas.theme.colours[k % DRAWN], np.arange(1, len(mean) + 1)
+            colour, shown = canvas.theme.colours[k % DRAWN], thinned(len(mean))
+            mean, low, high, epoch = mean[shown], low[shown], high[shown], shown + 1
             axes.fill_between(epoch, low, high, color=colour, alpha=0.15, linewidth=0)
             marker = "o" if len(mean) == 1 else ""
             axes.plot(epoch, mean, color=colour, linestyle=DASHES[k % DRAWN], marker=marker, label=name)
-        if all(np.nanmin(curve) > 0 for curve in curves.values()):
-            log_axis(axes.yaxis)
+        least, largest = (take([take(curve) for curve in curves.values()]) for take in (np.nanmin, np.nanmax))
+        if least > 0 and largest / least >= LEAST_RATIO:
+            log_axis(axes, "y")
         axes.set_title(clip(names[detector], 40), loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handlelength=1.8)

@@ -35,7 +35,7 @@ def speed(group: Group, canvas: Canvas) -> Drawing:
                 style = marker_style(group, name, canvas.theme)
                 axes.plot(seconds, group.mean(name), linestyle="", markerfacecolor=face, markersize=6, **style)
         axes.margins(0.12)
-        log_axis(axes.xaxis)
+        log_axis(axes, "x")
         axes.set_xlabel(text)
     if not shown:
         raise InvalidInput(f"No job on {group.title} says how long it took.")

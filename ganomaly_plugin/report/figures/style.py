@@ -32,6 +32,7 @@ DASHES: tuple[Any, ...] = (
     (0, (3, 1, 1, 1, 1, 1)),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LEAST_RATIO = 5.0  # of the ends of a logarithmic axis
 DRAWN = len(COLOURS)  # detectors in one figure; with more, the best so many
 
 
@@ -133,13 +134,18 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def log_axis(axis: Any) -> None:
-    """Make the axis logarithmic, its ticks plain numbers, the fewer of a decade the more decades there are."""
+def log_axis(axes: Any, which: str) -> None:
+    """Make the "x" or "y" axis logarithmic, its ticks plain numbers, the fewer of a decade the more decades there are."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis._set_axes_scale("log")
-    low, high = sorted(axis.get_view_interval())
+    axes.set(**{f"{which}scale": "log"})
+    low, high = sorted(getattr(axes, f"get_{which}lim")())
+    if high / low < LEAST_RATIO:  # a narrow range has no ticks of its own, and looks like more than it is
+        middle, half = (low * high) ** 0.5, LEAST_RATIO**0.5
+        low, high = middle / half, middle * half
+        axes.set(**{f"{which}lim": (low, high)})
     subs = (1, 2, 5) if high / low < 15 else (1, 3) if high / low < 150 else (1,)
+    axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(subs=subs, numticks=5))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
