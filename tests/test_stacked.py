@@ -12,7 +12,8 @@ from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
-from ganomaly_plugin.training.stacked import StackedTrainer, make_stack, why_not_stackable
+from ganomaly_plugin.training.stack import make_stack
+from ganomaly_plugin.training.stacked import StackedTrainer, why_not_stackable
 from ganomaly_plugin.training.together import Member, fit_together
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Recipe, Stage
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
-from ganomaly_plugin.training.stacked import How, make_stack, why_not_stackable
+from ganomaly_plugin.training.stack import How, make_stack
+from ganomaly_plugin.training.stacked import check_stackable
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def steps_in_cycle(stage: Stage) -> int:
 
 def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = None) -> Prepared:
     """`setting.jobs` models of one recipe together."""
-    _check_stackable(recipe)
+    check_stackable(recipe)
     seeds = range(setting.jobs)
     models = [build_networks(recipe, setting.chw, seed=seed) for seed in seeds]
     stack = make_stack(recipe, models, seeds=seeds, device=setting.device, how=how)
@@ -86,12 +86,6 @@ def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = No
         stack.step(data[index.to(data.device)])
 
     return Prepared(step, images=setting.jobs * min(recipe.batch_size, len(setting.images)), models=setting.jobs)
-
-
-def _check_stackable(recipe: Recipe) -> None:
-    reason = why_not_stackable(recipe)
-    if reason is not None:
-        raise InvalidInput(f"{type(recipe).__name__} cannot be stacked: {reason}. Time it with --trainers plain.")
 
 
 #: The trainers by name; how the stacked one carries out a step is the device's affair, unless the name says it.

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ganomaly_plugin.training.cpu_convolutions import pair
+
 Convolutions = Literal["grouped", "matmul"]
 
 
@@ -44,7 +46,7 @@ def _conv2d(
     n, _, height, width = x.shape
     out, _, *sides = weight.shape
     kernel = (sides[0], sides[1])
-    (sy, sx), (py, px) = _pair(stride), _pair(padding)
+    (sy, sx), (py, px) = pair(stride), pair(padding)
     patches = functional.unfold(x, kernel, padding=(py, px), stride=(sy, sx))  # (n, c·k·k, h'·w')
     y = (weight.flatten(1) @ patches).view(
         n, out, (height + 2 * py - kernel[0]) // sy + 1, (width + 2 * px - kernel[1]) // sx + 1
@@ -66,17 +68,13 @@ def _conv_transpose2d(
     _, _, height, width = x.shape
     _, _, *sides = weight.shape
     kernel = (sides[0], sides[1])
-    (sy, sx), (py, px), (oy, ox) = _pair(stride), _pair(padding), _pair(output_padding)
+    (sy, sx), (py, px), (oy, ox) = pair(stride), pair(padding), pair(output_padding)
     size = ((height - 1) * sy - 2 * py + kernel[0] + oy, (width - 1) * sx - 2 * px + kernel[1] + ox)
     patches = weight.flatten(1).T @ x.flatten(2)  # (n, o·k·k, h·w)
     y = functional.fold(patches, size, kernel, padding=(py, px), stride=(sy, sx))
     return y if bias is None else y + bias[:, None, None]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def _check(groups: int, dilation: Any) -> None:
-    if groups != 1 or _pair(dilation) != (1, 1):
+    if groups != 1 or pair(dilation) != (1, 1):
         raise NotImplementedError("grouped and dilated convolutions are not made matrix products; use convolutions='grouped'")

@@ -36,12 +36,12 @@ def _conv2d(
     """The convolution as a product; None where the library's own is to be used."""
     if not _plain_float(x, padding, dilation, groups):
         return None
-    padding = _pair(padding)
+    padding = pair(padding)
     if x.shape[2:] == weight.shape[2:] and padding == (0, 0):
         y = functional.linear(x.permute(0, 2, 3, 1).flatten(1), weight.permute(0, 2, 3, 1).flatten(1), bias)
         return y[:, :, None, None]  # (b, out) → (b, out, 1, 1)
     if x.shape[1] == 1 and x.requires_grad:
-        y = _FromOneChannel.apply(x, weight, _pair(stride), padding)
+        y = _FromOneChannel.apply(x, weight, pair(stride), padding)
         return y if bias is None else y + bias[:, None, None]
     return None
 
@@ -89,7 +89,7 @@ def _conv_transpose2d(
     if not _plain_float(x, padding, dilation, groups):
         return None
     channels, kernel = weight.shape[1], (weight.shape[2], weight.shape[3])
-    padding, more, stride = _pair(padding), _pair(output_padding), _pair(stride)
+    padding, more, stride = pair(padding), pair(output_padding), pair(stride)
     if x.shape[2:] == (1, 1) and padding == more == (0, 0):
         y = x.flatten(1) @ weight.permute(0, 2, 3, 1).flatten(1)  # (b, k·k·out)
         y = y.view(len(x), *kernel, channels).permute(0, 3, 1, 2)
@@ -111,9 +111,10 @@ _FORMS: dict[Any, Callable[..., Tensor | None]] = {
 
 def _plain_float(x: Tensor, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether it is a float32 batch without anything unusual; autocast has its own fast kernels."""
-    usual = x.ndim == 4 and groups == 1 and _pair(dilation) == (1, 1) and not isinstance(padding, str)
+    usual = x.ndim == 4 and groups == 1 and pair(dilation) == (1, 1) and not isinstance(padding, str)
     return usual and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width of an option that may be one number for both."""
     return (value, value) if isinstance(value, int) else tuple(value) if len(value) == 2 else (value[0], value[0])

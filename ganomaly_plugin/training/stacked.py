@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput
 from ganomaly_plugin.training.convolutions import Convolutions, convolutions_as
-from ganomaly_plugin.training.plain import PlainTrainer, make_optimiser, set_gradients, to_device, warmed_average
+from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
 from ganomaly_plugin.training.precision import networks_in, precision
 
 
@@ -32,79 +32,8 @@ def why_not_stackable(recipe: Recipe) -> str | None:
     return recipe.unstackable
 
 
-#: How the models of a stack advance: "grouped" and "matmul" as in `convolutions`, or "turns": one after another.
-How: TypeAlias = Convolutions | Literal["turns"]
-
-
-class Stack(Protocol):
-    """Several models of one recipe in training."""
-
-    steps: int
-
-    def __len__(self) -> int:
-        """How many models."""
-        ...
-
-    def step(self, images: Tensor) -> dict[str, Tensor]:
-        """One step of every model on its own batch of `images` `(m, b, c, h, w)`; the losses, `(m,)` each."""
-        ...
-
-    def scoring_networks(self, model: int) -> Networks:
-        """The networks of one model to score with; later steps leave them as they are."""
-        ...
-
-    def keep(self, models: Sequence[int]) -> None:
-        """Go on with these models only, in this order."""
-        ...
-
-    def refill(self) -> None:
-        """What is to be done between epochs."""
-        ...
-
-
-def make_stack(
-    recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device, how: How | None = None
-) -> Stack:
-    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster."""
-    how = how or ("turns" if device.type == "cpu" else "grouped")
-    if how == "turns":
-        return InTurns(recipe, models, seeds=seeds, device=device)
-    return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how)
-
-
-class InTurns:
-    """Models that share one loop, each advanced by the plain trainer: bit for bit what it computes alone."""
-
-    def __init__(self, recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device) -> None:
-        _check(recipe)
-        self._trainers = [
-            PlainTrainer(recipe, copy.deepcopy(dict(networks)), seed=seed, device=device)
-            for networks, seed in zip(models, seeds, strict=True)
-        ]
-        self.steps = 0
-
-    def __len__(self) -> int:
-        return len(self._trainers)
-
-    def step(self, images: Tensor) -> dict[str, Tensor]:
-        """One step of every model; see `Stack`."""
-        self.steps += 1
-        losses = [trainer.step(batch) for trainer, batch in zip(self._trainers, images, strict=True)]
-        return {name: torch.stack([each[name] for each in losses]) for name in losses[0]}
-
-    def scoring_networks(self, model: int) -> Networks:
-        """A copy of one model's networks."""
-        return copy.deepcopy(dict(self._trainers[model].scoring_networks()))
-
-    def keep(self, models: Sequence[int]) -> None:
-        """Go on with these models only."""
-        self._trainers = [self._trainers[model] for model in models]
-
-    def refill(self) -> None:
-        """Nothing."""
-
-
-def _check(recipe: Recipe) -> None:
+def check_stackable(recipe: Recipe) -> None:
+    """Raise InvalidInput when models of `recipe` cannot be trained together."""
     reason = why_not_stackable(recipe)
     if reason is not None:
         raise InvalidInput(f"Models of {type(recipe).__name__} cannot be stacked: {reason}. Use the plain trainer.")
@@ -146,7 +75,7 @@ class StackedTrainer:
         device: torch.device,
         convolutions: Convolutions = "grouped",
     ) -> None:
-        _check(recipe)
+        check_stackable(recipe)
         self.recipe, self.device, self.convolutions = recipe, device, convolutions
         self.phases = recipe.stages[0].phases
         self._template = _Networks(copy.deepcopy(dict(models[0])), recipe.precision).to(device)

@@ -16,7 +16,7 @@ from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.memory import models_that_fit
 from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
-from ganomaly_plugin.training.stacked import How, Stack, make_stack
+from ganomaly_plugin.training.stack import How, Stack, make_stack
 
 
 @dataclass

@@ -1,0 +1,86 @@
+"""Several models of one recipe in training at once: what a stack does, and the two kinds there are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.training.convolutions import Convolutions
+from ganomaly_plugin.training.plain import PlainTrainer
+from ganomaly_plugin.training.stacked import StackedTrainer, check_stackable
+
+#: How the models of a stack advance: "grouped" and "matmul" as in `convolutions`, or "turns": one after another.
+How: TypeAlias = Convolutions | Literal["turns"]
+
+
+class Stack(Protocol):
+    """Several models of one recipe in training."""
+
+    steps: int
+
+    def __len__(self) -> int:
+        """How many models."""
+        ...
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of every model on its own batch of `images` `(m, b, c, h, w)`; the losses, `(m,)` each."""
+        ...
+
+    def scoring_networks(self, model: int) -> Networks:
+        """The networks of one model to score with; later steps leave them as they are."""
+        ...
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only, in this order."""
+        ...
+
+    def refill(self) -> None:
+        """What is to be done between epochs."""
+        ...
+
+
+def make_stack(
+    recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device, how: How | None = None
+) -> Stack:
+    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster."""
+    how = how or ("turns" if device.type == "cpu" else "grouped")
+    if how == "turns":
+        return InTurns(recipe, models, seeds=seeds, device=device)
+    return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how)
+
+
+class InTurns:
+    """Models that share one loop, each advanced by the plain trainer: bit for bit what it computes alone."""
+
+    def __init__(self, recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device) -> None:
+        check_stackable(recipe)
+        self._trainers = [
+            PlainTrainer(recipe, copy.deepcopy(dict(networks)), seed=seed, device=device)
+            for networks, seed in zip(models, seeds, strict=True)
+        ]
+        self.steps = 0
+
+    def __len__(self) -> int:
+        return len(self._trainers)
+
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step of every model; see `Stack`."""
+        self.steps += 1
+        losses = [trainer.step(batch) for trainer, batch in zip(self._trainers, images, strict=True)]
+        return {name: torch.stack([each[name] for each in losses]) for name in losses[0]}
+
+    def scoring_networks(self, model: int) -> Networks:
+        """A copy of one model's networks."""
+        return copy.deepcopy(dict(self._trainers[model].scoring_networks()))
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only."""
+        self._trainers = [self._trainers[model] for model in models]
+
+    def refill(self) -> None:
+        """Nothing."""
