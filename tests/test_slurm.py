@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from sweeps import jobs, start, wait_for
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.executors.slurm import minutes_of, private_folder
+from ganomaly_plugin.executors.slurm import check_slurm, minutes_of, private_folder
 from ganomaly_plugin.executors.slurm_queue import Queued
 from ganomaly_plugin.executors.submissions import Submission, Submissions
 from ganomaly_plugin.store import Store
@@ -68,6 +70,16 @@ def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path)
     path.unlink()
     remembered.drop(other)
     assert not remembered.folder.exists()
+
+
+def test_without_submitit_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InvalidInput, match=r"needs submitit: pip install 'ganomaly-plugin\[slurm\]'"):
+        check_slurm()
+    monkeypatch.setitem(sys.modules, "submitit", types.ModuleType("submitit"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InvalidInput, match=r"there is no sbatch here\. Run it on a login node"):
+        check_slurm()
 
 
 def words(folder: Path, seeds: str) -> tuple[object, ...]:
