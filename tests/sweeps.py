@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ganomaly_plugin.config import expand
-from ganomaly_plugin.core import Job
+from ganomaly_plugin.core import Chunk, Job, Outcome
+from ganomaly_plugin.runner import Settings, run_job
 from ganomaly_plugin.store import Store
 
 
@@ -20,6 +22,12 @@ def jobs(*models: str, classes: str = "0") -> list[Job]:
     options = {**DEFAULTS, "datasets": [Selection("digits", {"image_size": 16})], "classes": classes.split(",")}
     selections = [parse_selection(model, "model") for model in models]
     return expand(Experiment(**{**options, "models": selections, "epochs": 1}))
+
+
+def alone(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
+    """Run each job of a chunk by itself: any jobs make a chunk then, not just those that train together."""
+    for job in chunk:
+        yield run_job(job, settings)
 
 
 def store_in(folder: Path) -> Store:

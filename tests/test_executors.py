@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from sweeps import jobs, start, store_in, wait_for
+from sweeps import alone, jobs, start, store_in, wait_for
 
 from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Outcome
@@ -24,7 +24,7 @@ from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
 from ganomaly_plugin.executors.tries import NODE_TRIES, Tries
-from ganomaly_plugin.runner import Settings, failure, run_chunk
+from ganomaly_plugin.runner import Settings, failure, run_job
 from ganomaly_plugin.store import Store, read_record
 
 SETTINGS = Settings(device="cpu")
@@ -60,7 +60,7 @@ def make(request: pytest.FixtureRequest, folder: Path) -> Make:
 def outcomes_of(executor: Executor, chunks: Iterable[Chunk]) -> dict[str, Outcome]:
     """Outcomes by job key; each job has one."""
     found: dict[str, Outcome] = {}
-    for outcome in executor.map(functools.partial(run_chunk, settings=SETTINGS), iter(chunks)):
+    for outcome in executor.map(functools.partial(alone, settings=SETTINGS), iter(chunks)):
         assert outcome.record.job.key not in found
         found[outcome.record.job.key] = outcome
     return found
@@ -71,7 +71,7 @@ def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> No
     found = outcomes_of(make(), [tuple(todo[:4]), *((job,) for job in todo[4:])])
     assert list(found) and found.keys() == {job.key for job in todo}
     for job in todo:
-        ((here,), there) = run_chunk((job,), SETTINGS), found[job.key].record
+        here, there = run_job(job, SETTINGS), found[job.key].record
         assert there.status == here.record.status == ("failed" if "Nan" in job.detector else "done")
         assert there.metrics == here.record.metrics and there.error == here.record.error
         assert there.environment["command"] == here.record.environment["command"]
