@@ -162,7 +162,7 @@ def test_critical_difference_of_demsars_example(tmp_path: Path, bench) -> None:
     with styled(PAPER):
         drawing = draw(friedman(NAMES, DEMSAR, ties=False), "p", Canvas())
         texts = [text.get_text() for text in drawing.figure.axes[0].texts]
-    assert "C4.5+m+cf (1.96)" in texts and "(3.14) C4.5" in texts and "CD = 1.3" in texts
+    assert "C4.5+m+cf (1.96)" in texts and "(3.14) C4.5" in texts and "CD = 1.25" in texts
     made = [outcome(d, "0", dataset=f"set{k}", shift=x) for d, x in (("a", 0), ("b", 2), ("c", 4)) for k in range(8)]
     store = fill(tmp_path / "out", made)
     code, out, _ = bench("plot", "critical-difference", store.folder, "--out", tmp_path / "cd.svg")

@@ -189,11 +189,16 @@ def comparison_text(comparison: Comparison) -> str:
     for pair in comparison.pairs:
         lines.append(
             f"    {pair.a} - {pair.b}: {pair.difference:+.3f}, better in {pair.wins_a}, worse in {pair.wins_b}, "
-            f"p = {pair.p:.4f}, Holm {pair.p_holm:.4f}"
+            f"{p_text(pair.p)}, Holm {pair.p_holm:.4f}"
         )
     if comparison.why_no_pairs:
         lines.append(f"  {comparison.why_no_pairs}")
     return "\n".join(map(printable, lines))
+
+
+def p_text(p: float) -> str:
+    """`p = 0.0123`, and never a p of zero."""
+    return f"p = {p:.4f}" if p >= 0.00005 else "p < 0.0001"
 
 
 def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:
@@ -203,5 +208,5 @@ def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:
     ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in sorted(tested.ranks.items(), key=lambda item: item[1]))
     return printable(
         f"{protocol}: Friedman over {tested.n} data sets: chi2 = {tested.chi2:.2f}, Iman-Davenport F = {tested.f:.2f}, "
-        f"p = {tested.p:.4f}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}"
+        f"{p_text(tested.p)}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}"
     )

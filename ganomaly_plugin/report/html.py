@@ -108,6 +108,7 @@ def _environment() -> Any:
     )
     made.filters["table"] = lambda table: Markup(table_html(table))  # these two escape every text themselves
     made.filters["breakable"] = lambda text: Markup(breakable(text))
+    made.filters["sentence"] = lambda text: f"{text.rstrip('.')}."
     made.filters |= {"heading": heading, "notes": notes, "detector": label, "class_of": class_of, "truth": truth_words}
     return made
 

@@ -13,7 +13,7 @@ from typing import Any
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.datasets.splits import PROTOCOLS
 from ganomaly_plugin.errors import InvalidInput, one_line
-from ganomaly_plugin.report.comparisons import Comparison, compare, seed_means
+from ganomaly_plugin.report.comparisons import Comparison, compare, p_text, seed_means
 from ganomaly_plugin.report.costs import COLUMNS, cost_frame, cost_text
 from ganomaly_plugin.report.figures.bars import bars
 from ganomaly_plugin.report.figures.curves import precision_recall, roc
@@ -168,12 +168,13 @@ def _verdict(group: Group, comparison: Comparison) -> list[str]:
         pair = next((each for each in comparison.pairs if {each.a, each.b} == {rivals[0], rivals[1]}), None)
         if pair:
             won = pair.wins_a if pair.a == rivals[0] else pair.wins_b
-            lines.append(f"it is better in {won} of {len(table.columns) - 1} classes (Wilcoxon, Holm: p = {pair.p_holm:.4f})")
+            lines.append(f"it is better in {won} of {len(table.columns) - 1} classes (Wilcoxon, Holm: {p_text(pair.p_holm)})")
     if table.seeds == 1:
         lines.append("one seed: another seed may turn the order around")
     unfinished = len(table.rows) - len(rivals)
     if unfinished:
-        lines.append(f"{unfinished} of {len(table.rows)} detectors lack jobs and do not compete")
+        verbs = ("lacks", "does") if unfinished == 1 else ("lack", "do")
+        lines.append(f"{unfinished} of {len(table.rows)} detectors {verbs[0]} jobs and {verbs[1]} not compete")
     return lines
 
 

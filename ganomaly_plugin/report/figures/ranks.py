@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.comparisons import over_data_sets
+from ganomaly_plugin.report.comparisons import over_data_sets, p_text
 from ganomaly_plugin.report.figures.legend import clip
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group, short_names
@@ -40,20 +40,21 @@ def draw(found: Friedman, protocol: str, canvas: Canvas) -> Drawing:
         from scikit_posthocs import critical_difference_diagram
     except ImportError as error:
         raise InvalidInput("The diagram is drawn by scikit-posthocs: pip install 'ganomaly-plugin[stats]'.") from error
+    from matplotlib.ticker import MultipleLocator
+
     if len(found.ranks) > MOST:
         raise InvalidInput(f"A diagram of {len(found.ranks)} detectors is not readable. Name up to {MOST} with --detectors.")
     short = short_names(list(found.ranks))
     names = [clip(short[name], 22) for name in found.ranks]
     if len(set(names)) < len(names):
         names = list(found.ranks)
-    figure = new_figure(canvas.width, 0.75 + 0.17 * len(names))
+    figure = new_figure(canvas.width, 1.0 + 0.17 * len(names))
     axes = figure.subplots()
     axes.grid(visible=False)
     ink = canvas.theme.ink
     critical_difference_diagram(
         dict(zip(names, found.ranks.values(), strict=True)),
         pd.DataFrame(found.p_pairs, names, names),
-        cd=found.critical_difference,
         ax=axes,
         label_fmt_left="{label} ({rank:.2f})",
         label_fmt_right="({rank:.2f}) {label}",
@@ -65,8 +66,12 @@ def draw(found: Friedman, protocol: str, canvas: Canvas) -> Drawing:
         text_h_margin=0.05,
     )
     axes.spines["top"].set_visible(True)
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    start, end = min(found.ranks.values()), min(found.ranks.values()) + found.critical_difference
+    axes.plot([start, end], [1.9, 1.9], color=ink, linewidth=1.2, marker="|", markersize=5)  # above the numbers of the axis
+    axes.text((start + end) / 2, 2.1, f"CD = {found.critical_difference:.2f}", ha="center", va="bottom", fontsize=7)
     caption = (
         f"Average ranks over {found.n} data sets, {protocol}, 1 the best; bars join what Nemenyi's test does not tell apart at "
-        f"0.05 (critical difference {found.critical_difference:.2f}; Friedman's test: p = {found.p:.4f})."
+        f"0.05 (critical difference {found.critical_difference:.2f}; Friedman's test: {p_text(found.p)})."
     )
     return Drawing(figure, caption)
