@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.speed import timing, work
 from ganomaly_plugin.speed.timing import time_in_turns
-from ganomaly_plugin.speed.trainers import Setting, plain, steps_in_cycle
+from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
 from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 
 CPU = torch.device("cpu")
 
@@ -96,6 +100,26 @@ def test_the_plain_step_is_a_training_step() -> None:
     prepared = plain(recipe, recipe.stages[0], Setting(images, CPU))
     assert prepared.images == 4 * steps_in_cycle(recipe.stages[0]) == 4 and prepared.models == 1
     assert count_flops(prepared.step) > 0
+
+
+def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and differentiated ahead of time, but run by eager kernels: a C++ compiler would take half a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    recipe = GanomalyRecipe(features=2, latent_dim=4, batch_size=4)
+    images = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8)
+    trainers = [
+        PlainTrainer(recipe, build_networks(recipe, (1, 16, 16), 0), seed=0, device=CPU, compiled=compiled)
+        for compiled in (False, True)
+    ]
+    for batch in images.split(4):
+        eager, compiled = (trainer.step(batch) for trainer in trainers)
+        assert eager.keys() == compiled.keys()
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+    for name, network in trainers[0].networks.items():
+        torch.testing.assert_close(trainers[1].networks[name].state_dict(), network.state_dict(), rtol=1e-5, atol=1e-7)
+    critic = FAnoganRecipe(features=2, latent_dim=2, batch_size=4)
+    with pytest.raises(InvalidInput, match=r"cannot be trained compiled: .*double backward"):
+        TRAINERS["compiled"](critic, critic.stages[0], Setting(images, CPU))
 
 
 @pytest.mark.parametrize(

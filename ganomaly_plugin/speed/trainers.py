@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Recipe, Stage
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
 from ganomaly_plugin.training.stack import How, make_stack
@@ -47,7 +48,22 @@ Prepare = Callable[[Recipe, Stage, Setting], Prepared]
 
 def plain(recipe: Recipe, stage: Stage, setting: Setting) -> Prepared:
     """One model, eager."""
-    trainer = PlainTrainer(recipe, build_networks(recipe, setting.chw, seed=0), seed=0, device=setting.device)
+    return _plain(recipe, stage, setting)
+
+
+def compiled(recipe: Recipe, stage: Stage, setting: Setting) -> Prepared:
+    """One model, its networks compiled by `torch.compile`, which the first step waits for."""
+    prepared = _plain(recipe, stage, setting, compiled=True)
+    try:
+        prepared.step()
+    except RuntimeError as error:  # a gradient of a gradient, or no C++ compiler
+        raise InvalidInput(f"{type(recipe).__name__} cannot be trained compiled: {one_line(error)[:200]}") from error
+    return prepared
+
+
+def _plain(recipe: Recipe, stage: Stage, setting: Setting, *, compiled: bool = False) -> Prepared:
+    networks = build_networks(recipe, setting.chw, seed=0)
+    trainer = PlainTrainer(recipe, networks, seed=0, device=setting.device, compiled=compiled)
     trainer.begin(stage)
     data = resident(setting.images, setting.device)
     order = indices(len(data), recipe.batch_size)
@@ -91,6 +107,7 @@ def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = No
 #: The trainers by name; how the stacked one carries out a step is the device's affair, unless the name says it.
 TRAINERS: Mapping[str, Prepare] = {
     "plain": plain,
+    "compiled": compiled,
     "stacked": stacked,
     "stacked-turns": functools.partial(stacked, how="turns"),
     "stacked-grouped": functools.partial(stacked, how="grouped"),

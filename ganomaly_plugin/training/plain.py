@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ganomaly_plugin.errors import Diverged
@@ -70,15 +72,25 @@ class PlainTrainer:
         seed: Determines the steps' random draws and re-drawn networks.
         device: Where the steps run.
         average: The moving average of the networks to go on with; None starts one, if the recipe averages.
+        compiled: Call the networks through `torch.compile`. Gradients of gradients, as in f-AnoGAN, fail then.
     """
 
     def __init__(
-        self, recipe: Recipe, networks: Networks, *, seed: int, device: torch.device, average: AveragedModel | None = None
+        self,
+        recipe: Recipe,
+        networks: Networks,
+        *,
+        seed: int,
+        device: torch.device,
+        average: AveragedModel | None = None,
+        compiled: bool = False,
     ) -> None:
         self.recipe = recipe
         self.device = device
         self.networks = {name: to_device(net, device) for name, net in networks.items()}
-        self._called = networks_in(recipe.precision, self.networks)
+        self._compiled = compiled
+        called = {name: cast(nn.Module, torch.compile(net)) if compiled else net for name, net in self.networks.items()}
+        self._called = networks_in(recipe.precision, called)
         self.draws = torch.Generator().manual_seed(seed)
         self.redraws = torch.Generator().manual_seed(seed)
         self.steps = 0
@@ -102,7 +114,9 @@ class PlainTrainer:
         self._train_mode()
         self.stage_steps += 1
         self.steps += 1
-        with precision(self.recipe.precision), cpu_convolutions(self.device):
+        # An earlier phase's graph is kept for the later ones, so a compiled backward pass may not reuse its buffers.
+        kept = functorch_config.patch(donated_buffer=False) if self._compiled else nullcontext()
+        with kept, precision(self.recipe.precision), cpu_convolutions(self.device):
             earlier = self._run_phases(x, draws)
         if self._average is not None:
             self._average.update_parameters(nn.ModuleDict(self.networks))
