@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -67,11 +68,20 @@ def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str
 
 
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
-    """Run the jobs of a chunk; exactly one outcome each. Several are a stack: their models are trained together."""
-    if len(chunk) == 1:
-        yield run_job(chunk[0], settings)
-    else:
-        yield from _run_stack(chunk, settings)
+    """Run the jobs of a chunk; exactly one outcome each. Several are a stack: their models are trained together.
+
+    When that fails as a whole, as it does on a device whose memory is too small, the jobs left are run one by one.
+    """
+    left = list(chunk)
+    if len(chunk) > 1:
+        try:
+            for outcome in _run_stack(chunk, settings):
+                left.remove(outcome.record.job)
+                yield outcome
+        except Exception as error:  # whose fault it is shows when each runs alone
+            print(f"{len(left)} jobs do not train together, and run one by one: {one_line(error)}", file=sys.stderr)
+    for job in left:
+        yield run_job(job, settings)
 
 
 def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:

@@ -24,7 +24,7 @@ from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
 from ganomaly_plugin.executors.tries import NODE_TRIES, Tries
-from ganomaly_plugin.runner import Settings, failure, run_job
+from ganomaly_plugin.runner import Settings, failure, run_chunk, run_job
 from ganomaly_plugin.store import Store, read_record
 
 SETTINGS = Settings(device="cpu")
@@ -100,6 +100,20 @@ def test_a_lost_stack_is_run_again_one_by_one_and_a_lost_machine_is_no_fault() -
     assert not again and failed.record.error == f"its machine was lost (try {NODE_TRIES})"
     again, (failed,) = tries.settle((first,), [first], "it died", 1.0)
     assert not again and failed.record.error == "it died"
+
+
+def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise MemoryError("no room for so many")
+
+    monkeypatch.setattr("ganomaly_plugin.runner.fit_together", too_large)
+    todo = tuple(jobs("ae[features=2,latent_dim=4]", classes="0,1"))
+    outcomes = list(run_chunk(todo, SETTINGS))
+    assert [outcome.record.job for outcome in outcomes] == list(todo)
+    assert {outcome.record.status for outcome in outcomes} == {"done"}
+    assert "2 jobs do not train together, and run one by one: MemoryError: no room for so many" in capsys.readouterr().err
 
 
 def test_two_runners_share_the_work(folder: Path) -> None:
