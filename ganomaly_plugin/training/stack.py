@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.convolutions import Convolutions
 from ganomaly_plugin.training.plain import PlainTrainer
@@ -51,6 +52,8 @@ def make_stack(
     how = how or ("turns" if device.type == "cpu" else "grouped")
     if how == "turns":
         return InTurns(recipe, models, seeds=seeds, device=device)
+    if how == "matmul" and recipe.precision == "bf16" and device.type == "cpu":
+        raise InvalidInput("Convolutions as matrix products in bf16 are for GPUs: torch's BatchNorm on a CPU refuses them.")
     return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how)
 
 
