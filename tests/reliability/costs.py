@@ -1,0 +1,97 @@
+"""What the runner itself costs: seconds and memory for each job, and tables of very many records."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from sweeps import Row, Runner, run
+
+from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.metrics import RANKING_METRICS
+from ganomaly_plugin.provenance import environment
+from ganomaly_plugin.store import Store
+
+LIMITS = {"inline": 0.020, "2 workers": 0.100}  # seconds a job
+GROWTH = 16.0  # MiB from the 100th job to the last that count as flat
+
+
+def overhead(folder: Path, jobs: int = 1000, repeats: int = 3) -> list[Row]:
+    """Jobs that do nothing: the time from the first to the last, and the runner's memory meanwhile."""
+    folder.mkdir(parents=True)
+    words = ("run", "--models", "tiny:Tiny", "--datasets", "digits[image_size=16]", "--device", "cpu")
+    words = (*words, "--seeds", f"0-{jobs // 10 - 1}")
+    rows = []
+    for mode, how in (("inline", ("--executor", "inline")), ("2 workers", ("--workers", "2"))):
+        seconds, growth = [], []
+        for turn in range(repeats):
+            runner, sizes = Runner(*words, *how, "--out", f"{mode[0]}-{turn}", cwd=folder), []
+            while runner.running:
+                count = len(runner.jobs)
+                if jobs // 10 <= count < jobs:
+                    sizes.append(runner.rss())
+                time.sleep(0.05)
+            assert runner.wait() == 0 and len(runner.jobs) == jobs, runner.text[-2000:]
+            seconds.append((runner.jobs[-1][0] - runner.jobs[0][0]) / (jobs - 1))
+            growth.append(max(sizes) - sizes[0])
+        median = statistics.median(seconds)
+        spread = ", ".join(f"{1000 * value:.1f}" for value in sorted(seconds))
+        limit = LIMITS[mode]
+        rows.append(
+            Row(f"{jobs} tiny jobs, {mode}: ms a job after start-up", repeats, f"{1000 * median:.1f} (median of {spread})",
+                f"under {1000 * limit:.0f}", median < limit)
+        )  # fmt: skip
+        largest = max(growth)
+        rows.append(
+            Row(f"{jobs} tiny jobs, {mode}: growth of the runner's memory after the {jobs // 10}th", repeats,
+                f"{largest:.1f} MiB at most", f"flat: under {GROWTH:.0f} MiB", largest < GROWTH)
+        )  # fmt: skip
+    return rows
+
+
+def many_records(out: Path, count: int) -> Store:
+    """A results folder of `count` finished jobs as `bench run` would have left it."""
+    store, around = Store(out, create=True), environment("cpu")
+    truth = np.arange(360) < 36
+    sync, os.fsync = os.fsync, lambda handle: None  # making the folder is not what is measured
+    try:
+        for k in range(count):
+            detector, category, seed = f"d{k // 1000}", str(k // 100 % 10), k % 100
+            job = Job(detector, {"features": 16, "lr": 2e-4, "betas": [0.5, 0.999]}, "digits", {"image_size": 16},
+                      "one-anomalous/strict-v1", category, seed, 15, label=detector)  # fmt: skip
+            score = np.random.default_rng(k).normal(truth, 1.0)
+            record = RunRecord(
+                job,
+                "done",
+                metrics={name: measure(truth, score) for name, measure in RANKING_METRICS.items()},
+                counts={"train": 1300, "train_anomalous": 0, "reference": 144, "test_normal": 324, "test_anomalous": 36},
+                seconds={"fit": 1.5, "score": 0.1},
+                split_digest=f"{category}-{seed}",
+                reference="held-out",
+                notes={"describe": {"parameters": 181041, "steps": 300, "trainer": "plain"}, "source": {"sha256": "0" * 64}},
+                environment=around,
+                history=[{"generator": 1.0 / (epoch + 1), "discriminator": 0.5} for epoch in range(15)],
+            )
+            arrays = {"score": score, "is_anomaly": truth, "test_index": np.arange(360), "reference_score": score[36:180]}
+            store.put(Outcome(record, arrays))
+    finally:
+        os.fsync = sync
+    return store
+
+
+def tables(folder: Path, count: int = 10_000, repeats: int = 5) -> list[Row]:
+    """`bench tables` on very many records, from the start of the process to its end."""
+    folder.mkdir(parents=True)
+    many_records(folder / "out", count)
+    seconds = []
+    for _ in range(repeats):
+        began = time.monotonic()
+        runner = run("tables", folder / "out", cwd=folder)
+        seconds.append(time.monotonic() - began)
+        assert runner.wait() == 0 and "AUROC" in runner.stdout, runner.text
+    median, spread = statistics.median(seconds), ", ".join(f"{value:.2f}" for value in sorted(seconds))
+    what = f"bench tables on {count:,} records, checksums checked: s, start-up included"
+    return [Row(what, repeats, f"{median:.2f} (median of {spread})", "under 3", median < 3)]
