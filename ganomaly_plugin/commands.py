@@ -98,6 +98,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
+    from ganomaly_plugin.report.frame import runs_frame
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
     from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
@@ -152,11 +153,12 @@ def run(options: Any) -> int:
     if executor.parting:
         print(executor.parting, file=sys.stderr)
     everything, mine = store.records(), {job.key for job in jobs}
-    print(to_text(tables_of(everything)), end="")
+    frame = runs_frame(everything)
+    print(to_text(tables_of(frame)), end="")
     failed = [record for record in everything if record.status == "failed" and record.job.key in mine]
     for record in failed:
         print(printable(f"failed: {record.job.slug}: {record.error}"), file=sys.stderr)
-    write_tables(store, everything)
+    write_tables(store, frame)
     print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md, cost.md ({elapsed(began)})", file=sys.stderr)
     if interrupted:
         return 130
@@ -205,14 +207,15 @@ def report(options: Any) -> int:
 def merge(options: Any) -> int:
     """Make one results folder out of several, and write its tables."""
     from ganomaly_plugin.combine import merge as merge_folders
+    from ganomaly_plugin.report.frame import runs_frame
     from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.store import Store
 
     merged = merge_folders(options.results, options.out, keep=options.keep)
     store = Store(options.out)
-    records = store.records()
-    print(to_text(tables_of(records)), end="")
-    write_tables(store, records)
+    frame = runs_frame(store.records())
+    print(to_text(tables_of(frame)), end="")
+    write_tables(store, frame)
     for remark in merged.remarks:
         print(printable(remark), file=sys.stderr)
     print(f"{merged.copied} records copied to {store.folder}; {merged.shared} jobs were in several folders", file=sys.stderr)

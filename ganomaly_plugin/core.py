@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Job:
     @functools.cached_property
     def key(self) -> str:
         """A 16-digit hash of the job; leaves out device, workers, output folder, order and label, and steps when unset."""
-        content = {name: value for name, value in asdict(self).items() if name != "label"}
+        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "label"}
         if self.steps is None:  # records from before there were budgets in steps keep their keys
             del content["steps"]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]

@@ -106,10 +106,8 @@ def unsealed(content: Any) -> RunRecord:
 
 def _check_types(fields: Mapping[str, Any], allowed: Mapping[str, tuple[type, ...]]) -> None:
     for name, value in fields.items():
-        if name not in allowed:
-            raise ValueError(f"unknown field {name!r}")
-        if not isinstance(value, allowed[name]) or isinstance(value, bool):
-            raise ValueError(f"{name} is a {type(value).__name__}")
+        if type(value) not in allowed.get(name, ()):  # of JSON: exact types, and bool is no int
+            raise ValueError(f"{name} is a {type(value).__name__}" if name in allowed else f"unknown field {name!r}")
 
 
 def _check_values(record: RunRecord) -> None:
@@ -131,7 +129,7 @@ def _check_values(record: RunRecord) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_against_scores(record: RunRecord, arrays: Mapping[str, np.ndarray]) -> None:

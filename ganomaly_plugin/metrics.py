@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ganomaly_plugin.errors import InvalidInput
 
@@ -37,11 +36,15 @@ def check_scores(score: ArrayLike, n: int, detector: str) -> np.ndarray:
 
 def auroc(is_anomaly: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve in [0, 1]: the chance that an anomaly scores above a normal image, ties half."""
+    from sklearn.metrics import roc_auc_score  # here and below: tables of records need none of it, and it takes a second
+
     return float(roc_auc_score(is_anomaly, score))
 
 
 def auprc(is_anomaly: np.ndarray, score: np.ndarray) -> float:
     """Average precision in [0, 1], anomalies positive; chance is their share of the test set."""
+    from sklearn.metrics import average_precision_score
+
     return min(1.0, float(average_precision_score(is_anomaly, score)))  # the sum may round to 1 + 2e-16
 
 
@@ -75,6 +78,8 @@ def f1_at(is_anomaly: np.ndarray, score: np.ndarray, threshold: float) -> float:
 
 def fpr_at_tpr(is_anomaly: np.ndarray, score: np.ndarray, true_positive_rate: float = 0.95) -> float:
     """The smallest false-positive rate in [0, 1] at which at least `true_positive_rate` of the anomalies are found."""
+    from sklearn.metrics import roc_curve
+
     false_positive, true_positive, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
     return float(false_positive[np.flatnonzero(true_positive >= true_positive_rate - 1e-12)[0]])
 
@@ -84,6 +89,8 @@ def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
 
     Between two thresholds the ROC curve is taken as straight.
     """
+    from sklearn.metrics import roc_curve
+
     false_positive, true_positive, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
     gap = false_positive - (1 - true_positive)  # rises from -1 to 1
     k = int(np.flatnonzero(gap >= 0)[0])

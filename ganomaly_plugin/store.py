@@ -140,7 +140,7 @@ class Store:
         Raises:
             CorruptFile: One is damaged; names it and says how to go on.
         """
-        return [read_record(path) for path in sorted(self.records_dir.glob("*.json"))]
+        return [read_record(path) for path in sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)]
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
         """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.

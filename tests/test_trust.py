@@ -23,6 +23,7 @@ from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput
 from ganomaly_plugin.escape import printable
 from ganomaly_plugin.hparams import checked_hparams
 from ganomaly_plugin.integrity import sealed
+from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.writers import WRITERS, tables_of, write_tables
 from ganomaly_plugin.store import Store
 
@@ -220,7 +221,7 @@ def test_names_are_data_in_every_format(tmp_path: Path, bench) -> None:
             for cell in row:
                 assert not cell.startswith(("=", "@", "+", "\t", "\r", "＝")), cell
                 assert not cell.startswith("-") or float(cell) < 0, cell
-    tables = tables_of(store.records())
+    tables = tables_of(runs_frame(store.records()))
     html, latex = load_results(store.folder)._repr_html_(), WRITERS["latex"](tables)
     assert "<script>" not in html and "<script>" not in latex and "\\input{" not in latex and "$x$" not in latex
     for name in ("auc.md", "cost.md"):

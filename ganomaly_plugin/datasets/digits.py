@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from ganomaly_plugin.datasets.base import ImageDataset, resize
 
@@ -15,6 +14,8 @@ def load(*, root: Path, image_size: int = 16) -> ImageDataset:
 
     Source: UCI "Optical Recognition of Handwritten Digits", the test part, as scikit-learn ships it.
     """
+    from sklearn.datasets import load_digits  # slow to import, and tables only ask for the options
+
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     classes = tuple(str(k) for k in range(10))

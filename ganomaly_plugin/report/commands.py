@@ -9,8 +9,7 @@ from typing import Any
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import CannotStore, InvalidInput, unknown
-from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
-from ganomaly_plugin.report.decisions import decision_reports
+from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.measures import METRICS, check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.published import against_published, left_alone
@@ -46,12 +45,16 @@ def tables(options: Any) -> int:
     if options.report and options.scores:
         raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
     if options.report:
+        from ganomaly_plugin.report.decisions import decision_reports  # scikit-learn takes a second, and tables do without
+
         print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
         return 0
     if options.scores:
         records, remarks = by_score(store, records, options.scores, options.metrics, options.fpr)
         tell(remarks)
-    made = make_tables(measured_frame(store, records, options.metrics, options.fpr), options.metrics, fpr=options.fpr)
+    frame = runs_frame(everything)
+    shown = measured_frame(store, records, options.metrics, options.fpr, frame if records is everything else None)
+    made = make_tables(shown, options.metrics, fpr=options.fpr)
     made, lacking = measured(made)
     tell(lacking)
     made += summarise(made)
@@ -60,7 +63,7 @@ def tables(options: Any) -> int:
         tell(left_alone(made))
     print(WRITERS[options.format](made), end="")
     try:
-        write_tables(store, everything)
+        write_tables(store, frame)
     except CannotStore as error:  # results on a read-only disk can be looked at all the same
         print(f"bench: {error}", file=sys.stderr)
     return 0
@@ -88,6 +91,8 @@ def measured(made: Sequence[Table]) -> tuple[list[Table], list[str]]:
 
 def stats(options: Any) -> int:
     """Print intervals and tests of a results folder: what its numbers allow to say, and why not where they do not."""
+    from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
+
     results = Results(options.results)
     finished(results.store)
     check_metrics([options.metric])

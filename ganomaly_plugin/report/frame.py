@@ -15,6 +15,7 @@ ANOMALY = "anomaly"  # the class that all defects of a category share
 #: What rows of one table must share: AUROCs of different data or protocols do not compare.
 GROUP = ["dataset", "data", "protocol", "sampling"]
 
+_PLAIN = {str, int, float, bool, type(None)}
 _FIXED = {"detector", "class", "seed", "status", "epochs", "error", "name", "key", "split_digest", "reference", *GROUP}
 
 
@@ -65,21 +66,25 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}.{key}"
-        if isinstance(value, Mapping):
+        if type(value) in _PLAIN:
+            flat[name] = value
+        elif isinstance(value, Mapping):
             flat |= _flat(name, value)
         else:
-            flat[name] = value if isinstance(value, (str, int, float, bool, type(None))) else canonical_json(value)
+            flat[name] = canonical_json(value)
     return flat
 
 
 def check_comparable(frame: pd.DataFrame) -> None:
     """Raise InvalidInput when two rows of one table cell were made from different splits of the data."""
-    done = frame[frame["status"] == "done"]
-    for where, part in done.groupby([*GROUP, "class", "seed"], sort=False):
-        if part["split_digest"].nunique() > 1:
-            dataset, _, protocol, _, category, seed = where
-            a, b = part.drop_duplicates("split_digest")["key"].iloc[:2]
-            raise InvalidInput(
-                f"Records {a} and {b} ({dataset}, {protocol}, class {category}, seed {seed}) were made from different "
-                "images or splits: the data changed in between. Delete the older of the two and run again."
-            )
+    cell = [*GROUP, "class", "seed"]
+    done = frame.loc[frame["status"] == "done", [*cell, "split_digest", "key"]]
+    splits = done.dropna(subset="split_digest").drop_duplicates([*cell, "split_digest"])
+    second = splits[splits.duplicated(cell)]
+    if len(second):
+        where = second.iloc[0]
+        a, b = splits.loc[(splits[cell] == where[cell]).all(axis=1), "key"].iloc[:2]
+        raise InvalidInput(
+            f"Records {a} and {b} ({where['dataset']}, {where['protocol']}, class {where['class']}, seed {where['seed']}) were "
+            "made from different images or splits: the data changed in between. Delete the older of the two and run again."
+        )

@@ -72,7 +72,11 @@ def check_fpr(fpr: float) -> None:
 
 
 def measured_frame(
-    store: Store, records: Iterable[RunRecord], metrics: Sequence[str], fpr: float = DEFAULT_FPR
+    store: Store,
+    records: Iterable[RunRecord],
+    metrics: Sequence[str],
+    fpr: float = DEFAULT_FPR,
+    frame: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """`runs_frame` with those of `metrics` that a finished job's record lacks taken from its stored scores.
 
@@ -81,6 +85,7 @@ def measured_frame(
         records: The jobs.
         metrics: Names of METRICS; those that need more than scores are left as the records have them.
         fpr: Share of normal reference images above the threshold of "f1", in (0, 1).
+        frame: `runs_frame` of `records`, where it has been made before; it stays as it is.
 
     Raises:
         InvalidInput: A metric is unknown, or `fpr` out of range.
@@ -89,7 +94,7 @@ def measured_frame(
     check_metrics(metrics)
     check_fpr(fpr)
     records = list(records)
-    frame = runs_frame(records)
+    frame = runs_frame(records) if frame is None else frame.copy()
     wanted = {name: METRICS[name].measure for name in metrics if METRICS[name].measure is not None}
     if frame.empty or not wanted:
         return frame

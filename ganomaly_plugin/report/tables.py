@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from ganomaly_plugin.datasets.base import default_options
 from ganomaly_plugin.errors import InvalidInput
@@ -103,7 +102,7 @@ class Table:
         if len(rivals) < 2 or not classes:
             return {}
         means = np.array([[round(self.cells[row][column].mean, 3) for column in classes] for row in rivals])
-        ranks = rankdata(-means if self.higher_is_better else means, axis=0).mean(axis=1)
+        ranks = pd.DataFrame(means).rank(ascending=not self.higher_is_better).to_numpy().mean(axis=1)
         return {row: float(rank) for row, rank in zip(rivals, ranks, strict=True)}
 
     @property

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import CannotStore
 from ganomaly_plugin.escape import latex_escape, markdown_escape, printable, spreadsheet_safe
 from ganomaly_plugin.files import atomic_write
@@ -204,7 +203,8 @@ def _csv(frame: pd.DataFrame) -> str:
     if frame.empty:
         return ""
     text = frame.select_dtypes(exclude=["number", "bool"]).columns
-    safe = frame.assign(**{name: frame[name].map(spreadsheet_safe) for name in text})
+    unsafe = [name for name in text if any(spreadsheet_safe(value) is not value for value in frame[name].unique())]
+    safe = frame.assign(**{name: frame[name].map(spreadsheet_safe) for name in unsafe})
     return safe.rename(columns=lambda name: str(spreadsheet_safe(str(name)))).to_csv(index=False, lineterminator="\n")
 
 
@@ -237,24 +237,24 @@ WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
 }
 
 
-def tables_of(records: Iterable[RunRecord], metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
-    """The tables of `metrics`, and a summary over data sets where there are several."""
-    tables = make_tables(runs_frame(records), metrics)
+def tables_of(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
+    """The tables of `metrics` from `runs_frame`, and a summary over data sets where there are several."""
+    tables = make_tables(frame, metrics)
     return tables + summarise(tables)
 
 
-def write_tables(store: Store, records: Sequence[RunRecord] | None = None) -> list[Table]:
+def write_tables(store: Store, frame: pd.DataFrame | None = None) -> list[Table]:
     """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables.
 
     Args:
         store: The results folder.
-        records: Its records, where they have been read before.
+        frame: `runs_frame` of its records, where they have been read before.
 
     Raises:
         CannotStore: The folder cannot be written.
     """
-    records = store.records() if records is None else records
-    frame, tables = runs_frame(records), tables_of(records)
+    frame = runs_frame(store.records()) if frame is None else frame
+    tables = tables_of(frame)
     files = {"runs.csv": _csv(frame), "cost.md": cost_markdown(cost_frame(frame))}
     files |= {"auc.csv": to_csv(tables), "auc.tex": to_latex(tables), "auc.md": to_markdown(tables)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -15,41 +16,45 @@ from ganomaly_plugin.metrics import RANKING_METRICS
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.store import Store
 
-LIMITS = {"inline": 0.020, "2 workers": 0.100}  # seconds a job
-GROWTH = 16.0  # MiB from the 100th job to the last that count as flat
+LIMITS = {"inline": 20, "2 workers": 100}  # ms a job
+GROWTH = 16.0  # MiB from the tenth of the jobs to the last that count as flat
 
 
 def overhead(folder: Path, jobs: int = 1000, repeats: int = 3) -> list[Row]:
-    """Jobs that do nothing: the time from the first to the last, and the runner's memory meanwhile."""
+    """Jobs that do nothing: the time from the first to the last, and the runner's memory meanwhile.
+
+    The limits are on processor time, which other programs on the machine move less; the clock's time stands beside it.
+    """
     folder.mkdir(parents=True)
     words = ("run", "--models", "tiny:Tiny", "--datasets", "digits[image_size=16]", "--device", "cpu")
     words = (*words, "--seeds", f"0-{jobs // 10 - 1}")
     rows = []
     for mode, how in (("inline", ("--executor", "inline")), ("2 workers", ("--workers", "2"))):
-        seconds, growth = [], []
+        clock, busy, growth = [], [], []
         for turn in range(repeats):
-            runner, sizes = Runner(*words, *how, "--out", f"{mode[0]}-{turn}", cwd=folder), []
+            runner, seen = Runner(*words, *how, "--out", f"{mode[0]}-{turn}", cwd=folder), []
             while runner.running:
                 count = len(runner.jobs)
                 if jobs // 10 <= count < jobs:
-                    sizes.append(runner.rss())
+                    with contextlib.suppress(OSError):
+                        seen.append((count, runner.cpu(), runner.rss()))
                 time.sleep(0.05)
             assert runner.wait() == 0 and len(runner.jobs) == jobs, runner.text[-2000:]
-            seconds.append((runner.jobs[-1][0] - runner.jobs[0][0]) / (jobs - 1))
-            growth.append(max(sizes) - sizes[0])
-        median = statistics.median(seconds)
-        spread = ", ".join(f"{1000 * value:.1f}" for value in sorted(seconds))
-        limit = LIMITS[mode]
-        rows.append(
-            Row(f"{jobs} tiny jobs, {mode}: ms a job after start-up", repeats, f"{1000 * median:.1f} (median of {spread})",
-                f"under {1000 * limit:.0f}", median < limit)
-        )  # fmt: skip
-        largest = max(growth)
-        rows.append(
-            Row(f"{jobs} tiny jobs, {mode}: growth of the runner's memory after the {jobs // 10}th", repeats,
-                f"{largest:.1f} MiB at most", f"flat: under {GROWTH:.0f} MiB", largest < GROWTH)
-        )  # fmt: skip
+            clock.append(1000 * (runner.jobs[-1][0] - runner.jobs[0][0]) / (jobs - 1))
+            (first, began, small), (last, ended, _) = seen[0], seen[-1]
+            busy.append(1000 * (ended - began) / (last - first))
+            growth.append(max(size for *_, size in seen) - small)
+        spent, passed, largest = statistics.median(busy), statistics.median(clock), max(growth)
+        what = f"{jobs} tiny jobs, {mode}"
+        result = f"{spent:.1f} of the processor ({_spread(busy)}), {passed:.1f} by the clock ({_spread(clock)})"
+        rows.append(Row(f"{what}: ms a job after start-up", repeats, result, f"< {LIMITS[mode]}", spent < LIMITS[mode]))
+        what += f": growth of the runner's memory after the {jobs // 10}th"
+        rows.append(Row(what, repeats, f"{largest:.1f} MiB at most", f"flat: < {GROWTH:.0f} MiB", largest < GROWTH))
     return rows
+
+
+def _spread(values: list[float], digits: int = 1) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in sorted(values))
 
 
 def many_records(out: Path, count: int) -> Store:
@@ -86,12 +91,15 @@ def tables(folder: Path, count: int = 10_000, repeats: int = 5) -> list[Row]:
     """`bench tables` on very many records, from the start of the process to its end."""
     folder.mkdir(parents=True)
     many_records(folder / "out", count)
-    seconds = []
+    clock, busy = [], []
     for _ in range(repeats):
-        began = time.monotonic()
+        began, before = time.monotonic(), os.times()
         runner = run("tables", folder / "out", cwd=folder)
-        seconds.append(time.monotonic() - began)
+        clock.append(time.monotonic() - began)
+        after = os.times()
+        busy.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert runner.wait() == 0 and "AUROC" in runner.stdout, runner.text
-    median, spread = statistics.median(seconds), ", ".join(f"{value:.2f}" for value in sorted(seconds))
+    spent, passed = statistics.median(busy), statistics.median(clock)
+    result = f"{spent:.2f} of the processor ({_spread(busy, 2)}), {passed:.2f} by the clock ({_spread(clock, 2)})"
     what = f"bench tables on {count:,} records, checksums checked: s, start-up included"
-    return [Row(what, repeats, f"{median:.2f} (median of {spread})", "under 3", median < 3)]
+    return [Row(what, repeats, result, "< 3", spent < 3)]

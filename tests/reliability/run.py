@@ -59,10 +59,8 @@ def main() -> int:
             seconds = time.monotonic() - began
         for row in rows:
             failed += not row.passed
-            print(
-                f"{'ok    ' if row.passed else 'FAILED'} {row.check} × {row.times}: {row.result} (wanted: {row.wanted})",
-                flush=True,
-            )
+            verdict = "ok" if row.passed else "FAILED"
+            print(f"{verdict:6} {row.check} × {row.times}: {row.result} (wanted: {row.wanted})", flush=True)
         if not options.quick:
             write(options.out, name, rows, seconds)
     return 1 if failed else 0
@@ -92,10 +90,8 @@ def write(out: Path, group: str, rows: list[Row], seconds: float) -> None:
     before, _, rest = text.partition(MARKS[0])
     table = ["| what | times | result | wanted | |", "|---|---|---|---|---|"]
     verdict = {"yes": "ok", "no": "**missed**"}
-    table += [
-        f"| {line['check']} | {line['times']} | {line['result']} | {line['wanted']} | {verdict[line['passed']]} |"
-        for line in lines
-    ]
+    for line in lines:
+        table.append(f"| {line['check']} | {line['times']} | {line['result']} | {line['wanted']} | {verdict[line['passed']]} |")
     readme.write_text(before + "\n".join([MARKS[0], "", *table, "", MARKS[1]]) + rest.partition(MARKS[1])[2])
 
 

@@ -119,6 +119,14 @@ class Runner:
                     found.append(int(stat.parent.name))
         return sorted(found)
 
+    def cpu(self) -> float:
+        """Processor seconds that it and its workers have used."""
+        ticks = 0
+        for pid in (self.process.pid, *self.workers()):
+            with contextlib.suppress(OSError):
+                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def rss(self) -> float:
         """Its resident memory, MiB."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
