@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ganomaly_plugin import __version__
-from ganomaly_plugin.errors import BenchError, CannotStore, one_line, unknown
+from ganomaly_plugin.errors import BenchError, CannotStore, InvalidInput, one_line, unknown
 from ganomaly_plugin.escape import printable
 from ganomaly_plugin.selection import split_list
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = build_parser().parse_args(words)
+        arguments = parse(words)
         from ganomaly_plugin import commands
 
         options = arguments[arguments.command]
@@ -245,6 +245,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"{error.strerror or one_line(error)}{where}. Mend that and start again.", EXIT_FAILED)
     except RecursionError:
         return _stop("Input is nested too deeply. Give a flat config, and options of at most a few levels.")
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The options that `words`, and the configs they name, set.
+
+    Raises:
+        ArgumentError: They cannot be read.
+    """
+    from jsonargparse import ArgumentError
+
+    try:
+        return build_parser().parse_args(list(words))
+    except (ArgumentError, BenchError, RecursionError, OSError):
+        raise
+    except Exception as error:  # the parser lets through what YAML and decoders raise for a file that is no config
+        raise InvalidInput(
+            f"A config cannot be read: {one_line(error)[:300]}. Give YAML of the options of bench run."
+        ) from error
 
 
 def _stop(text: str, code: int = EXIT_USAGE) -> int:

@@ -9,15 +9,13 @@ from typing import Any
 
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
-from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, default_options, load_dataset
+from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.hparams import canonical_hparams, default_hparams
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import entries, make_detector, resolve
 from ganomaly_plugin.selection import Selection, show
-
-MAX_SIDE = 2048  # pixels
 
 
 @dataclass(frozen=True)

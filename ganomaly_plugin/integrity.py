@@ -89,11 +89,13 @@ def unsealed(content: Any) -> RunRecord:
     Raises:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: It is none, or not what was written; says why.
     """
-    if not isinstance(content, dict) or content.get("format") not in FORMATS or isinstance(content["format"], bool):
+    if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] not in FORMATS:
         found = content.get("format") if isinstance(content, dict) else content
         raise ValueError(f"format {found!r}, this version reads {' and '.join(map(str, FORMATS))}")
     if content["format"] > 1 and content.get(CHECKSUM) != _checksum(content):
         raise ValueError("its content does not match its checksum: it was edited or damaged")
+    if content["format"] == 1 and {CHECKSUM, "files"} & set(content):
+        raise ValueError("it has a checksum, and format 1 has none: it was edited")
     fields = {name: value for name, value in content.items() if name not in ("format", "key", CHECKSUM)}
     _check_types(fields["job"], _JOB)
     _check_types({name: value for name, value in fields.items() if name != "job"}, _RECORD)

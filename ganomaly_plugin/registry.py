@@ -170,7 +170,9 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
     arguments = checked_hparams(name, cls, hparams)
     try:
         made = cls(**arguments)
-    except TypeError as error:  # abstract, or an argument without default was not given
+    except BenchError:
+        raise
+    except Exception as error:  # abstract, an argument without default was not given, or a value that it does not take
         raise InvalidInput(f"Cannot make detector {name!r}: {one_line(error)}. Complete its class or its options.") from error
     if isinstance(made, Recipe):
         from ganomaly_plugin.training.detector import RecipeDetector

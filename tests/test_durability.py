@@ -106,7 +106,7 @@ def edited(path: Path, change: Callable[[dict], object]) -> None:
         (lambda c: c["seconds"].update(fit=0.1), "checksum"),
         (lambda c: c["job"].update(label="b"), "checksum"),
         (lambda c: c.pop("checksum"), "checksum"),
-        (lambda c: (c.update(format=1), c["metrics"].update(auroc=0.5)), "does not fit its scores"),
+        (lambda c: (c.update(format=1), c["metrics"].update(auroc=0.5)), "format 1 has none"),
         (lambda c: c.update(format=3), "this version reads 1 and 2"),
     ],
 )

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
 from ganomaly_plugin.registry import resolve
 
+MAX_SIDE = 2048  # pixels
 ROOT_VARIABLE = "GANOMALY_DATA_ROOT"
 
 
@@ -82,12 +83,23 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidInput(f"Option {key} of data set {name} is text, and YAML reads {value!r} as a number. Quote it.")
         if known[key] is not None and not (isinstance(value, want) and isinstance(value, bool) == (want is bool)):
             raise InvalidInput(f"Option {key} of data set {name} must be {want.__name__}, got {value!r}.")
-    return {**known, **options}
+    resolved = {**known, **options}
+    size = resolved.get("image_size")
+    if isinstance(size, int) and not 1 <= size <= MAX_SIDE:
+        raise InvalidInput(f"image_size of data set {name} must be at least 1 and at most {MAX_SIDE}, got {size}.")
+    return resolved
 
 
 @functools.lru_cache(maxsize=4)
 def _load_cached(name: str, root: Path, options: tuple[tuple[str, Any], ...]) -> ImageDataset:
-    return resolve("data set", name)(root=root, **dict(options))
+    loader = resolve("data set", name)
+    try:
+        return loader(root=root, **dict(options))
+    except BenchError:
+        raise
+    except Exception as error:  # a loader may raise anything for files or options that it did not expect
+        given = ", ".join(f"{key}={value}" for key, value in options)
+        raise InvalidInput(f"The data set {name} ({given}) cannot be loaded: {one_line(error)}. Check its options.") from error
 
 
 def load_dataset(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> ImageDataset:

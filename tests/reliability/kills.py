@@ -6,11 +6,11 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-from sweeps import Row, Runner, faults, run
+from sweeps import Row, Runner, faults, preload, run
 
 SWEEP = ("run", "--models", "tiny:Tiny,pca,ae[features=2,latent_dim=4,steps=2]", "--datasets", "digits[image_size=16]")
 SWEEP = (*SWEEP, "--seeds", "0-4", "--device", "cpu")
@@ -19,9 +19,10 @@ MODES = {"inline": ("--executor", "inline"), "2 workers": ("--workers", "2")}
 
 def kill_runner(folder: Path, kills: int = 100, seed: int = 0) -> list[Row]:
     """kill -9 of the runner's whole process group at random moments of a sweep; the same command again each time."""
+    preload()
     rows = []
     for number, (mode, how) in enumerate(MODES.items()):
-        share = kills - round(0.7 * kills) if number else round(0.7 * kills)
+        share = kills - round(0.8 * kills) if number else round(0.8 * kills)
         rows += [_kill_runner(folder / f"runner-{number}", (*SWEEP, *how), mode, share, random.Random(seed + number))]
     return rows
 
@@ -32,9 +33,9 @@ def _kill_runner(folder: Path, words: tuple[str, ...], mode: str, kills: int, rn
     assert calm.wait() == 0 and calm.sweeping_since is not None, calm.text
     first, last = (calm.jobs[k][0] - calm.sweeping_since for k in (0, -1))
     reach = first + (last - first) / 4
-    done, sweeps, problems, lives, between = 0, 0, [], [], Counter[str]()
+    done, sweeps, problems, lives = 0, 0, [], []
     while done < kills or lives:
-        runner = Runner(*words, "--out", "out", cwd=folder)
+        runner = Runner(*words, "--out", "out", cwd=folder, fork="inline" in words)
         lives.append(runner)
         if done < kills:
             while runner.running and runner.sweeping_since is None:
@@ -45,7 +46,7 @@ def _kill_runner(folder: Path, words: tuple[str, ...], mode: str, kills: int, rn
         if done < kills and runner.running:
             runner.kill()
             done += 1
-            between["before the first job" if not runner.jobs else "between jobs"] += 1
+            print(f"  {mode}: kill {done} after {len(runner.jobs)} jobs", file=sys.stderr, flush=True)
             continue
         code = runner.wait()
         sweeps += 1
@@ -62,8 +63,8 @@ def kill_workers(folder: Path, kills: int = 50, seed: int = 0) -> list[Row]:
     """kill -9 of a random worker while a sweep goes on with --retries."""
     folder.mkdir(parents=True)
     rng = random.Random(seed)
-    words = ("run", "--models", "tiny:Tiny[pause=0.05]", "--datasets", "digits[image_size=16]", "--seeds", "0-19")
-    words = (*words, "--device", "cpu", "--workers", "2", "--retries", "3")
+    words = ("run", "--models", "tiny:Tiny[pause=0.05]", "--datasets", "digits[image_size=16]", "--seeds", "0-9")
+    words = (*words, "--device", "cpu", "--workers", "2", "--retries", "10")
     calm = run(*words, "--out", "calm", cwd=folder)
     assert calm.wait() == 0, calm.text
     done, sweeps, problems = 0, 0, []
@@ -76,13 +77,14 @@ def kill_workers(folder: Path, kills: int = 50, seed: int = 0) -> list[Row]:
                 seen = len(runner.jobs)
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 done += 1
+                print(f"  worker: kill {done} after {seen} jobs", file=sys.stderr, flush=True)
         sweeps += 1
         problems += [f"exit code {runner.wait()}: {runner.text[-300:]}"] if runner.wait() else []
         problems += faults(folder / "out", folder / "calm", [runner])
         shutil.rmtree(folder / "out")
     result = f"{sweeps} sweeps of {len(calm.jobs)} jobs complete, none failed, none twice"
     result = result if not problems else "; ".join(problems[:3])
-    return [Row("kill -9 of a worker, --workers 2 --retries 3", kills, result, "complete, none twice", not problems)]
+    return [Row("kill -9 of a worker, --workers 2 --retries 10", kills, result, "complete, none twice", not problems)]
 
 
 def together(folder: Path, runners: int = 4, seeds: str = "0-9") -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ganomaly_plugin.cli import main
 from ganomaly_plugin.store import Store
 
 HERE = Path(__file__).resolve().parent
@@ -46,22 +49,71 @@ class Row:
     passed: bool
 
 
+def preload() -> None:
+    """Import what `bench run` imports, so that forks need not."""
+    for module in ("torch", "sklearn.metrics", "sklearn.datasets", "scipy.stats", "jsonargparse"):
+        importlib.import_module(module)
+    for module in ("commands", "runner", "config", "report.writers", "detectors.classical", "detectors.ae", "datasets.digits"):
+        importlib.import_module(f"ganomaly_plugin.{module}")
+
+
+class Forked:
+    """`bench` in a fork of this process, which has imported everything: a process of its own, at once. As `Popen` to use."""
+
+    def __init__(self, words: list[str], cwd: Path, env: dict[str, str]) -> None:
+        out, err = os.pipe(), os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._be(words, cwd, env, out[1], err[1])
+        os.close(out[1])
+        os.close(err[1])
+        self.stdout, self.stderr = os.fdopen(out[0]), os.fdopen(err[0])
+
+    def _be(self, words: list[str], cwd: Path, env: dict[str, str], out: int, err: int) -> None:
+        code = 70
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            os.environ.update(env)
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+            sys.argv = ["bench", *words]
+            code = main(words)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, "it takes too long"
+            time.sleep(0.005)
+        return code
+
+
 class Runner:
     """A `bench` process in a session of its own, whose lines on stderr are read, with their times, as they come."""
 
-    def __init__(self, *words: object, cwd: Path, host: str | None = None, log: Path | None = None) -> None:
+    def __init__(self, *words: object, cwd: Path, host: str | None = None, log: Path | None = None, fork: bool = False) -> None:
         code = ["-m", "ganomaly_plugin"] if host is None else ["-c", ELSEWHERE, host]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), "OMP_NUM_THREADS": "1"}
         environment |= {} if log is None else {"BENCH_RELIABILITY_LOG": str(log)}
-        self.process = subprocess.Popen(
-            [sys.executable, *code, *map(str, words)],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        options: dict[str, Any] = {"cwd": cwd, "env": environment}
+        if fork:
+            self.process: Any = Forked(list(map(str, words)), **options)
+        else:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+            self.process = subprocess.Popen([sys.executable, *code, *map(str, words)], **options, **pipes)
         self.began = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         self.stdout = ""
