@@ -81,12 +81,11 @@ def environment(device: str) -> dict[str, Any]:
         "git": git_state(),
         **_machine(),
         "device": device,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "command": ["bench", *(without_folders(word) for word in sys.argv[1:])],
     }
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 
