@@ -16,18 +16,22 @@ from typing import Any
 from ganomaly_plugin import __version__
 
 _PACKAGES = ("torch", "torchvision", "lightning", "anomalib", "scikit-learn", "numpy", "pandas", "jsonargparse")
+#: For bug reports only: no result is theirs.
+_EXTRAS = ("scipy", "matplotlib", "ray", "submitit", "onnx", "openvino", "mlflow", "tensorboard", "wandb")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Installed versions of this package and those it stands on; a missing package is left out."""
     found = {"ganomaly-plugin": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -105,8 +109,9 @@ def system_info() -> dict[str, Any]:
     import torch
 
     git = git_state()
+    extras = {name: version for name in _EXTRAS if (version := _version(name))}
     commit = f"{git['commit']}{' (changed)' if git['dirty'] else ''}" if git else "not a checkout"
-    found = {**versions(), "commit": commit, **_machine()}
-    found["cuda"] = torch.version.cuda or "none"
+    found = {**versions(), **extras, "commit": commit, **_machine()}
+    found["cuda"], found["cudnn"] = torch.version.cuda or "none", torch.backends.cudnn.version() or "none"
     found["gpus"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,4 +108,40 @@ def test_what_cannot_be_merged(tmp_path: Path, bench) -> None:
 def test_sys_info(bench) -> None:
     code, stdout, _ = bench("sys-info")
     assert code == 0 and "torch" in stdout and "gpus" in stdout
-    assert bench("sys-info", "--json")[1].startswith("{")
+    found = json.loads(bench("sys-info", "--json")[1])
+    wanted = {"ganomaly-plugin", "python", "torch", "anomalib", "numpy", "commit", "platform", "cpu", "cores", "cuda", "cudnn"}
+    assert wanted <= set(found) and all(found[name] for name in wanted)
+
+
+def test_every_record_says_where_it_comes_from(tmp_path: Path, bench) -> None:
+    words = (
+        "run",
+        "--models",
+        "mean_intensity,crashing_detectors:Describes",
+        "--classes",
+        "0",
+        "--seeds",
+        "3",
+        "--device",
+        "cpu",
+    )
+    assert bench(*words, "--out", tmp_path / "out")[0] == 1  # one is done, one failed
+    for record in Store(tmp_path / "out").records():
+        around = record.environment
+        assert {"ganomaly-plugin", "python", "torch", "torchvision", "anomalib", "numpy"} <= set(around["versions"])
+        assert set(around["git"]) in ({"commit", "dirty"}, set()) and around["cpu"] and around["cores"] and around["platform"]
+        assert around["device"] == "cpu" and {"gpu", "cuda", "cudnn", "threads"} <= set(around) and around["gpu"] is None
+        assert around["command"][0] == "bench" and record.job.seed == 3 and record.job.data == {"image_size": 16}
+        assert record.status == "failed" or (record.job.hparams and record.split_digest and record.counts["train"])
+    assert {record.status for record in Store(tmp_path / "out").records()} == {"done", "failed"}
+
+
+def test_rows_of_other_protocols_and_versions_are_said(tmp_path: Path, bench) -> None:
+    made = outcome("a")
+    old, new = ({"versions": {"torch": version}, "device": "cpu"} for version in ("2.11.0", "2.15.0"))
+    fill(tmp_path / "one", [Outcome(replace(made.record, environment=old), made.arrays)])
+    other = outcome("b", protocol="one-anomalous/strict-v1")
+    fill(tmp_path / "two", [Outcome(replace(other.record, environment=new), other.arrays)])
+    code, stdout, stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")
+    assert code == 0 and "rows were made with different versions: torch 2.11.0, 2.15.0" in stderr
+    assert stdout.count("paper-v1") == stdout.count("strict-v1") == 2  # two tables each, no row beside another's

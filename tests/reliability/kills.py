@@ -29,7 +29,7 @@ def kill_runner(folder: Path, kills: int = 100, seed: int = 0) -> list[Row]:
 
 def _kill_runner(folder: Path, words: tuple[str, ...], mode: str, kills: int, rng: random.Random) -> Row:
     folder.mkdir(parents=True)
-    calm = run(*words, "--out", "calm", cwd=folder)
+    calm = Runner(*words, "--out", "calm", cwd=folder, fork="inline" in words)
     assert calm.wait() == 0 and calm.sweeping_since is not None, calm.text
     first, last = (calm.jobs[k][0] - calm.sweeping_since for k in (0, -1))
     reach = first + (last - first) / 4

@@ -81,7 +81,7 @@ def write(out: Path, group: str, rows: list[Row], seconds: float) -> None:
     old = list(csv.DictReader(path.open())) if path.is_file() else []
     told = {"group": group, "seconds": f"{seconds:.0f}", "hardware": hardware()}
     new = [{**dataclasses.asdict(row), "passed": "yes" if row.passed else "no", **told} for row in rows]
-    order = [*CHECKS, *(line["group"] for line in old)]
+    order = [*CHECKS, *(line["group"] for line in old), group]
     lines = sorted([line for line in old if line["group"] != group] + new, key=lambda line: order.index(line["group"]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

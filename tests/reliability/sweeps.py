@@ -51,9 +51,10 @@ class Row:
 
 def preload() -> None:
     """Import what `bench run` imports, so that forks need not."""
-    for module in ("torch", "sklearn.metrics", "sklearn.datasets", "scipy.stats", "jsonargparse"):
+    for module in ("torch", "torch._dynamo", "sklearn.metrics", "sklearn.datasets", "scipy.stats", "jsonargparse"):
         importlib.import_module(module)
-    for module in ("commands", "runner", "config", "report.writers", "detectors.classical", "detectors.ae", "datasets.digits"):
+    ours = ("commands", "runner", "config", "executors.choose", "report.writers", "report.loggers", "detectors.classical")
+    for module in (*ours, "detectors.ae", "datasets.digits"):
         importlib.import_module(f"ganomaly_plugin.{module}")
 
 
