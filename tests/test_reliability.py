@@ -53,8 +53,9 @@ def test_tables_of_many_records(tmp_path: Path, bench) -> None:
 def test_tables_import_no_scikit_learn_and_no_torch(tmp_path: Path) -> None:
     """They took a second each before a record was read."""
     costs.many_records(tmp_path / "out", 20)
-    code = "import sys; from ganomaly_plugin.cli import main; main(['tables', sys.argv[1]]); print({'torch', 'sklearn'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    code = "from ganomaly_plugin.cli import main; main(); import sys; print({'torch', 'sklearn'} & {*sys.modules})"
+    words = [sys.executable, "-c", code, "tables", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
 
