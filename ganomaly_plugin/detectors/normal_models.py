@@ -54,10 +54,10 @@ class Components(nn.Module):
         """What of `vectors` `(n, size)` lies outside mean and components."""
         return vectors - self.mean - self.coordinates(vectors) @ self.axes
 
-    def whitened(self, vectors: Tensor) -> Tensor:
-        """Coordinates `(n, components)`, each of about unit variance."""
-        floor = _SHRINK * self.variance.mean().clamp(min=1e-12)
-        return self.coordinates(vectors) / (self.variance + floor).sqrt()
+    @property
+    def deviation(self) -> Tensor:
+        """What to divide each coordinate by, `(components,)`, to make its variance about 1; shrunk towards their mean."""
+        return (self.variance + _SHRINK * self.variance.mean().clamp(min=1e-12)).sqrt()
 
 
 class NormalVectors(nn.Module):
@@ -97,9 +97,11 @@ class NormalVectors(nn.Module):
         here = self.components.coordinates(vectors)
         squared = here.square().sum(1, keepdim=True) + known.square().sum(1) - 2 * here @ known.T
         nearest = squared.topk(min(NEIGHBOURS, len(known)), dim=1, largest=False).values.clamp(min=0)
+        outside = vectors - self.components.mean - here @ self.components.axes
+        whitened = here / self.components.deviation
         found = {
-            "outside": self.components.residual(vectors).square().mean(1),
+            "outside": outside.square().mean(1),
             "nearest": nearest.mean(1) / vectors.shape[1],
-            "inside": self.components.whitened(vectors).square().mean(1) * self.components.variance.sum() / vectors.shape[1],
+            "inside": whitened.square().mean(1) * self.components.variance.sum() / vectors.shape[1],
         }
         return {name: (found[name] + self.floor).log() for name in STATISTICS}

@@ -102,9 +102,12 @@ class RecipeDetector(BaseDetector):
         names = self.recipe.score_names
         if not names:
             return {}
-        found = self._in_chunks(
-            self._check(images), lambda nets, x: torch.stack([self.recipe.scores(nets, x)[name] for name in names], 1)
-        )
+
+        def stacked(networks: Networks, chunk: Tensor) -> Tensor:
+            scores = self.recipe.scores(networks, chunk)
+            return torch.stack([scores[name] for name in names], 1)
+
+        found = self._in_chunks(self._check(images), stacked)
         return {name: column.double().numpy() for name, column in zip(names, found.unbind(1), strict=True)}
 
     def _reconstruct(self, images: Tensor) -> Tensor:
