@@ -20,6 +20,8 @@ _LATEX = {
 }
 #: What a spreadsheet takes for the start of a formula; the wide forms are those of East Asian input methods.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+#: For `str.translate`: control characters, which no page needs, as `?`; line ends and tabs stay.
+WITHOUT_CONTROL = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
 
 
 def printable(text: str) -> str:

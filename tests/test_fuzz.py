@@ -29,7 +29,7 @@ from ganomaly_plugin.report.writers import WRITERS, tables_of
 from ganomaly_plugin.store import Store, read_record
 
 EXAMPLES = [
-    pytest.param(40, id="few"),
+    pytest.param(25, id="few"),
     pytest.param(10_000, marks=pytest.mark.fuzz, id="many"),
 ]
 PUBLISHED = Path(__file__).parent.parent / "results" / "mnist_vae"

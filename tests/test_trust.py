@@ -235,6 +235,9 @@ def test_names_are_data_in_every_format(tmp_path: Path, bench) -> None:
     ):
         code, stdout, stderr = bench(*words)
         assert code == 0 and not set(stdout + stderr) & set("\x1b\a‮"), words
+    assert bench("report", "out", "--out", "page.html")[0] == 0
+    page = Path("page.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page and not set(page) & set("\x1b\a")
     for each in json.loads(WRITERS["json"](tables)):
         assert each["dataset"].startswith("@SUM(1)")
 

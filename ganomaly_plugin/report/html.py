@@ -8,6 +8,7 @@ from typing import Any
 
 from ganomaly_plugin import __version__
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.escape import WITHOUT_CONTROL
 from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets
 from ganomaly_plugin.report.figures.ranks import critical_difference
 from ganomaly_plugin.report.figures.sheets import truth_words
@@ -119,6 +120,6 @@ def write_report(results: Results, out: Path) -> int:
 
     if not out.parent.is_dir() or out.is_dir():
         raise InvalidInput(f"Cannot write {out}. Give --out a file in a folder that exists, such as report.html.")
-    content = report_html(results).encode()
+    content = report_html(results).translate(WITHOUT_CONTROL).encode()
     atomic_write(out, content)
     return len(content)
