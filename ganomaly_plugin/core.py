@@ -58,9 +58,13 @@ class Detector(Protocol):
         ...
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.]+")  # in a file's name
+
+
 def canonical_json(value: Any) -> str:
     """`value` as the one JSON text that equal values share (sorted keys, no spaces, tuples as lists)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return _CANONICAL.encode(value)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Job:
     @functools.cached_property
     def key(self) -> str:
         """A 16-digit hash of the job; leaves out device, workers, output folder, order and label, and steps when unset."""
-        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "label"}
+        content = {name: getattr(self, name) for name in _KEYED}
         if self.steps is None:  # records from before there were budgets in steps keep their keys
             del content["steps"]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
@@ -95,7 +99,7 @@ class Job:
     def slug(self) -> str:
         """The readable stem of the job's files: detector, data set, class, seed, then the key."""
         words = [self.detector, self.dataset, self.category, f"s{self.seed}", self.key]
-        return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word).strip("._")[:40] or "x" for word in words)
+        return "-".join(_UNSAFE.sub("_", word).strip("._")[:40] or "x" for word in words)
 
     @property
     def title(self) -> str:
@@ -111,6 +115,8 @@ class Job:
         """The inverse of `to_dict`; a missing or unknown field raises TypeError."""
         return cls(**content)
 
+
+_KEYED = tuple(each.name for each in fields(Job) if each.name != "label")
 
 Status = Literal["done", "failed"]
 

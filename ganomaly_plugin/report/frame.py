@@ -44,7 +44,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         }
         nested = {"hparams": job.hparams, "counts": record.counts, "seconds": record.seconds}
         for group, values in {**nested, "notes": record.notes, "environment": record.environment}.items():
-            row |= _flat(group, values)
+            _flatten(group, values, row)
         rows.append(row)
     frame = pd.DataFrame(rows)
     if frame.empty:
@@ -62,17 +62,16 @@ def split_category(job: Job) -> tuple[dict[str, Any], str]:
     return data, part if job.category == ANOMALY else f"{part}/{job.category}"
 
 
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(prefix: str, values: Mapping[str, Any], row: dict[str, Any]) -> None:
+    """Put `values` into `row` as `prefix.key`, nested ones as `prefix.key.key`, and what is no plain value as JSON."""
     for key, value in values.items():
-        name = f"{prefix}.{key}"
-        if type(value) in _PLAIN:
-            flat[name] = value
-        elif isinstance(value, Mapping):
-            flat |= _flat(name, value)
+        kind = type(value)
+        if kind in _PLAIN:
+            row[f"{prefix}.{key}"] = value
+        elif kind is dict or isinstance(value, Mapping):
+            _flatten(f"{prefix}.{key}", value, row)
         else:
-            flat[name] = canonical_json(value)
-    return flat
+            row[f"{prefix}.{key}"] = canonical_json(value)
 
 
 def check_comparable(frame: pd.DataFrame) -> None:

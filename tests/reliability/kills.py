@@ -100,13 +100,14 @@ def together(folder: Path, runners: int = 4, seeds: str = "0-9") -> list[Row]:
             log = folder / "fits"
             log.unlink(missing_ok=True)
             started = [Runner(*words, "--out", "out", cwd=folder, host=host, log=log) for host in hosts]
+            while killed and not any(len(runner.jobs) >= 2 for runner in started):
+                assert any(runner.running for runner in started)
+                time.sleep(0.005)
             if killed:
-                while not all(runner.jobs for runner in started):
-                    assert any(runner.running for runner in started)
-                    time.sleep(0.01)
-                started[0].kill()
-            codes = [runner.wait() for runner in started]
-            problems = [f"exit code {code}" for code in codes[killed:] if code]
+                victim = max(started, key=lambda runner: len(runner.jobs))
+                victim.kill()
+                started.remove(victim)
+            problems = [f"exit code {runner.process.returncode}" for runner in started if runner.wait()]
             problems += faults(folder / "out", folder / "calm")
             fits, jobs = len(log.read_text().split()), len(calm.jobs)
             allowed = jobs + killed  # the job that the killed one was at is done again
