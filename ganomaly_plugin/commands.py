@@ -154,11 +154,12 @@ def run(options: Any) -> int:
         print(executor.parting, file=sys.stderr)
     everything, mine = store.records(), {job.key for job in jobs}
     frame = runs_frame(everything)
-    print(to_text(tables_of(frame)), end="")
+    made = tables_of(frame)
+    print(to_text(made), end="")
     failed = [record for record in everything if record.status == "failed" and record.job.key in mine]
     for record in failed:
         print(printable(f"failed: {record.job.slug}: {record.error}"), file=sys.stderr)
-    write_tables(store, frame)
+    write_tables(store, frame, made)
     print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md, cost.md ({elapsed(began)})", file=sys.stderr)
     if interrupted:
         return 130

@@ -15,7 +15,7 @@ from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.published import against_published, left_alone
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.tables import Table, make_tables, summarise
-from ganomaly_plugin.report.writers import WRITERS, write_tables
+from ganomaly_plugin.report.writers import PLAIN_METRICS, WRITERS, write_tables
 from ganomaly_plugin.store import Store
 
 
@@ -55,6 +55,7 @@ def tables(options: Any) -> int:
     frame = runs_frame(everything)
     shown = measured_frame(store, records, options.metrics, options.fpr, frame if records is everything else None)
     made = make_tables(shown, options.metrics, fpr=options.fpr)
+    plain = [*made, *summarise(made)] if records is everything and tuple(options.metrics) == PLAIN_METRICS else None
     made, lacking = measured(made)
     tell(lacking)
     made += summarise(made)
@@ -63,7 +64,7 @@ def tables(options: Any) -> int:
         tell(left_alone(made))
     print(WRITERS[options.format](made), end="")
     try:
-        write_tables(store, frame)
+        write_tables(store, frame, plain)
     except CannotStore as error:  # results on a read-only disk can be looked at all the same
         print(f"bench: {error}", file=sys.stderr)
     return 0

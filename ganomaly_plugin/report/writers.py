@@ -227,6 +227,7 @@ def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]], *, alone
 
 STACKED_FROM = 6  # columns; wider tables have the deviation below the mean
 RANK = "rank"
+PLAIN_METRICS = ("auroc", "auprc")  # of the table files
 
 WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
     "text": to_text,
@@ -237,24 +238,25 @@ WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
 }
 
 
-def tables_of(frame: pd.DataFrame, metrics: Sequence[str] = ("auroc", "auprc")) -> list[Table]:
+def tables_of(frame: pd.DataFrame, metrics: Sequence[str] = PLAIN_METRICS) -> list[Table]:
     """The tables of `metrics` from `runs_frame`, and a summary over data sets where there are several."""
     tables = make_tables(frame, metrics)
     return tables + summarise(tables)
 
 
-def write_tables(store: Store, frame: pd.DataFrame | None = None) -> list[Table]:
+def write_tables(store: Store, frame: pd.DataFrame | None = None, tables: Sequence[Table] | None = None) -> Sequence[Table]:
     """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables.
 
     Args:
         store: The results folder.
         frame: `runs_frame` of its records, where they have been read before.
+        tables: `tables_of` that frame, where they have been made before.
 
     Raises:
         CannotStore: The folder cannot be written.
     """
     frame = runs_frame(store.records()) if frame is None else frame
-    tables = tables_of(frame)
+    tables = tables_of(frame) if tables is None else tables
     files = {"runs.csv": _csv(frame), "cost.md": cost_markdown(cost_frame(frame))}
     files |= {"auc.csv": to_csv(tables), "auc.tex": to_latex(tables), "auc.md": to_markdown(tables)}
     try:
