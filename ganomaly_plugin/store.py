@@ -51,19 +51,22 @@ class Store:
 
     def _create(self, marker: Path) -> None:
         try:
-            if self.folder.exists() and not marker.is_file() and any(self.folder.iterdir()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The marker comes before all else, so that of several runners that make the folder none takes it for a foreign one.
+            others = [path for path in self.folder.iterdir() if not path.name.startswith(f".{MARKER}.")]
+            if others and not marker.is_file():
                 raise InvalidInput(
                     f"{self.folder} exists, is not empty and is not a results folder (no {MARKER}). "
                     "Choose another --out, or empty it."
                 )
-            for folder in (self.records_dir, self.scores_dir):
-                folder.mkdir(parents=True, exist_ok=True)
-                sweep_out(folder)
             if marker.is_file():
                 atomic_write(self.folder / ".writable", b"")
                 (self.folder / ".writable").unlink(missing_ok=True)
             else:
                 atomic_write(marker, json.dumps({"ganomaly_plugin_results": FORMAT}).encode() + b"\n")
+            for folder in (self.records_dir, self.scores_dir):
+                folder.mkdir(exist_ok=True)
+                sweep_out(folder)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InvalidInput(f"Cannot write to the output folder {self.folder}: {reason}. Choose another --out.") from error

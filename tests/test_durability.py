@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +165,20 @@ def test_a_done_job_is_never_stored_again(tmp_path: Path) -> None:
     assert store.settle(later).metrics == done.record.metrics
     assert store.record_path(done.record.job).read_bytes() == before
     np.testing.assert_array_equal(store.scores(done.record.job)["score"], done.arrays["score"])
+
+
+def test_several_make_the_folder_at_once(tmp_path: Path) -> None:
+    """Each in a moment when the others have made a part of it."""
+    for turn in range(20):
+        together = threading.Barrier(6)
+
+        def make(folder: Path = tmp_path / str(turn), together: threading.Barrier = together) -> Store:
+            together.wait()
+            return Store(folder, create=True)
+
+        with ThreadPoolExecutor(6) as pool:
+            made = [future.result() for future in [pool.submit(make) for _ in range(6)]]
+        assert all(store.records() == [] for store in made)
 
 
 def test_parts_of_files_are_swept_out_when_old(tmp_path: Path) -> None:

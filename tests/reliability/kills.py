@@ -107,7 +107,7 @@ def together(folder: Path, runners: int = 4, seeds: str = "0-9") -> list[Row]:
                 victim = max(started, key=lambda runner: len(runner.jobs))
                 victim.kill()
                 started.remove(victim)
-            problems = [f"exit code {runner.process.returncode}" for runner in started if runner.wait()]
+            problems = [f"exit code {runner.wait()}: {runner.text[-300:]}" for runner in started if runner.wait()]
             problems += faults(folder / "out", folder / "calm")
             fits, jobs = len(log.read_text().split()), len(calm.jobs)
             allowed = jobs + killed  # the job that the killed one was at is done again
