@@ -31,7 +31,7 @@ SMALLER = {"features=32": "features=2", "epochs=15": "epochs=1", "epochs=5": "ep
 #: `pytest -m MARKER` runs the tests with a marker; `.ci/run` is the check before a change lands.
 ELSEWHERE = {
     r"pip install .*": ".ci/run",  # what it names is looked up here
-    r"pytest( -m \w+)?": ".ci/run",
+    r"pytest( -n 2| -m \w+)?": ".ci/run",
     r"ruff .*|mypy|\.ci/run": ".ci/run",
     r"(SLURM_CONF=\S+ )?bench run .*--executor slurm .*": "tests/test_slurm.py",
     r"tests/slurm/st(art|op) .*|apt-get .* slurm-wlm munge": "tests/conftest.py::slurm_cluster",
