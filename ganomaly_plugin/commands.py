@@ -179,9 +179,12 @@ def _print_plan(plan: Any, out: Path) -> int:
 
 def tables(options: Any) -> int:
     """Print the tables, or the classification reports, of a results folder, and write its table files again."""
-    from ganomaly_plugin.report.commands import tables as print_tables
+    from ganomaly_plugin.store import without_collections
 
-    return print_tables(options)
+    with without_collections():
+        from ganomaly_plugin.report.commands import tables as print_tables
+
+        return print_tables(options)
 
 
 def stats(options: Any) -> int:

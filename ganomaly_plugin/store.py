@@ -146,7 +146,7 @@ class Store:
         Raises:
             CorruptFile: One is damaged; names it and says how to go on.
         """
-        with _without_collections():
+        with without_collections():
             return [read_record(path) for path in sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)]
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
@@ -172,8 +172,8 @@ class Store:
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No look for cycles meanwhile: records have none, and over 10,000 of them it takes as long as reading them."""
+def without_collections() -> Iterator[None]:
+    """No look for cycles meanwhile: records have none, and over 10,000 of them it takes as long as reading their JSON."""
     collecting = gc.isenabled()
     gc.disable()
     try:
