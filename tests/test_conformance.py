@@ -167,7 +167,7 @@ def test_a_declared_exemption_is_reported_with_its_reason():
     [
         ("MisspelledExemption", "Unknown check in conformance_exemptions .* Did you mean 'beats_chance'"),
         ("WordlessExemption", "from sizes has no reason"),
-        ("CannotBeMade", "Cannot construct detector .*: RuntimeError: no licence found"),
+        ("CannotBeMade", "Cannot make detector .*: RuntimeError: no licence found"),
         ("Missing", "Cannot import detector"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.errors import BenchError
 from ganomaly_plugin.registry import make_detector, resolve
 
 
@@ -39,12 +39,7 @@ class Subject:
         resolve_device(device)
         self.name, self.device = name, device
         self.given = {**getattr(cls, "conformance_hparams", {}), **hparams}
-        try:
-            detector = self.make()
-        except BenchError:
-            raise
-        except Exception as error:
-            raise InvalidInput(f"Cannot construct detector {name!r} with {self.given}: {one_line(error)}.") from error
+        detector = self.make()
         self.exemptions: dict[str, str] = dict(getattr(detector, "conformance_exemptions", {}))
         self.epochs: int | None = getattr(detector, "conformance_epochs", None)
         self.has_epochs = bool(getattr(detector, "has_epochs", True))
