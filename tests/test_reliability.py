@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 import costs
 import kills
 import run as script
-from sweeps import Row
+from runners import Row
 
 
 def test_a_sweep_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

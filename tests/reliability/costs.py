@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from sweeps import Row, Runner, run
+from runners import Row, Runner, run
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.metrics import RANKING_METRICS

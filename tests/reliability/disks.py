@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sweeps import Row, Runner, faults, run
+from runners import Row, Runner, faults, run
 
 from ganomaly_plugin.store import Store
 

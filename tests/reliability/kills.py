@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from sweeps import Row, Runner, faults, preload, run
+from runners import Row, Runner, faults, preload, run
 
 SWEEP = ("run", "--models", "tiny:Tiny,pca,ae[features=2,latent_dim=4,steps=2]", "--datasets", "digits[image_size=16]")
 SWEEP = (*SWEEP, "--seeds", "0-4", "--device", "cpu")

@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import costs  # noqa: E402
 import disks  # noqa: E402
 import kills  # noqa: E402
-from sweeps import Row  # noqa: E402
+from runners import Row  # noqa: E402
 
 from ganomaly_plugin.provenance import system_info  # noqa: E402
 
