@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.training.cpu_convolutions import pair
 
 Convolutions = Literal["grouped", "matmul"]
@@ -77,4 +78,4 @@ def _conv_transpose2d(
 
 def _check(groups: int, dilation: Any) -> None:
     if groups != 1 or pair(dilation) != (1, 1):
-        raise NotImplementedError("grouped and dilated convolutions are not made matrix products; use convolutions='grouped'")
+        raise InvalidInput("Grouped and dilated convolutions are not made matrix products. Stack with grouped convolutions.")
