@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -26,8 +27,6 @@ def stack_key(job: Job) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _why_alone(detector: str, hparams: str) -> str | None:
-    import json
-
     made = make_detector(detector, **json.loads(hparams))
     return why_not_stackable(made.recipe) if isinstance(made, RecipeDetector) else "it is not made of a recipe"
 

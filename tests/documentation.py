@@ -33,9 +33,7 @@ ELSEWHERE = {
     r"pip install .*": ".ci/run",  # what it names is looked up here
     r"pytest( -n 2| -m \w+)?": ".ci/run",
     r"ruff .*|mypy|\.ci/run": ".ci/run",
-    r"(SLURM_CONF=\S+ )?bench run .*--executor slurm .*": "tests/test_slurm.py",
     r"tests/slurm/st(art|op) .*|apt-get .* slurm-wlm munge": "tests/conftest.py::slurm_cluster",
-    r"bench run .*--executor ray .*": "tests/test_ray.py",
     r"bench run .*--executor ray.*": "tests/test_ray.py::test_a_node_is_removed_in_mid_sweep",
     r"bench run .*--executor slurm.*": "tests/test_slurm.py::test_a_closed_runner_is_taken_up",
     r"apt-get install .*slurm-wlm.*|tests/slurm/(start|stop) .*": "tests/test_slurm.py::test_a_closed_runner_is_taken_up",
