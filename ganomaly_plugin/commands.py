@@ -63,7 +63,7 @@ def experiment_from(options: Any) -> Any:
         raise InvalidInput("trust is for the command line, not for a config. Leave it out there, and write --trust MODULE.")
     if configs and "out" in given and not on_command_line("--out", words):
         check_out(str(given["out"]), map(str, configs))
-    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "stack", *WHERE):
+    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "cuda_graphs", "stack", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
     merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
@@ -135,7 +135,13 @@ def run(options: Any) -> int:
     status = status_folder(out)
     told = None if status is None else str(status)
     root = experiment.data_root if where.on_this_machine else str(data_root(experiment.data_root).resolve())
-    settings = Settings(device=experiment.device, data_root=root, status=told)
+    settings = Settings(
+        device=experiment.device,
+        data_root=root,
+        status=told,
+        compiled=trainer == "compiled",
+        cuda_graphs=options.cuda_graphs,
+    )
     executor = make_executor(where, functools.partial(failure, settings=settings), store)
     interrupted = False
     try:

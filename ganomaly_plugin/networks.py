@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ganomaly_plugin.errors import InvalidInput
 
 INIT_STD = 0.02  # DCGAN (1511.06434), section 4
+SPECTRAL_IN_PLACE = "spectral normalisation updates its singular vectors in place"  # so that torch maps it over no models
 
 
 def check_side(side: int) -> None:

@@ -140,6 +140,11 @@ class Recipe(ABC):
         """Why models of this method cannot be trained together by the stacked trainer; None where its losses allow it."""
         return None
 
+    @property
+    def uncompilable(self) -> str | None:
+        """Why `torch.compile` cannot take this method's networks; None where it can."""
+        return None
+
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the networks cannot be built for images of `(c, h, w)`."""
         check_square(chw)

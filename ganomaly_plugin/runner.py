@@ -19,8 +19,10 @@ from ganomaly_plugin.errors import BenchError, one_line
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.provenance import environment
+from ganomaly_plugin.stacking import why_not_compiled
 from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
+from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.together import Member, fit_together
 
 _LOOK_AGAIN = 1.0  # seconds between looks at jobs that another sweep is at
@@ -33,6 +35,8 @@ class Settings:
     device: str = "auto"
     data_root: str | None = None
     status: str | None = None  # folder where running jobs tell how far they are; None: nobody watches
+    compiled: bool = False  # call networks in training through torch.compile, where the method allows it
+    cuda_graphs: bool = True  # let stacks on a GPU replay their steps as CUDA graphs
 
 
 def run_job(job: Job, settings: Settings) -> Outcome:
@@ -42,6 +46,8 @@ def run_job(job: Job, settings: Settings) -> Outcome:
         with JobStatus(settings.status, job) as status:
             cell = Cell(job, data_root=settings.data_root, device=str(resolve_device(settings.device)))
             status.images = len(cell.split.train)
+            if settings.compiled and why_not_compiled(job) is None:
+                cell.detector.compiled = True
             outcome = cell.outcome(cell.fit(status))
         check_storable(outcome.record)
         return outcome
@@ -104,7 +110,9 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
             return
         first = cells[0][0]
         steps, epochs = first.job.steps, first.job.epochs
-        fit_together([each for _, each in cells], check_images(first.dataset.images), epochs=epochs, steps=steps, device=device)
+        members, images = [member for _, member in cells], check_images(first.dataset.images)
+        record = record_on(device) if settings.cuda_graphs else None
+        fit_together(members, images, epochs=epochs, steps=steps, device=device, record=record)
         oracles = sum(cell.oracle.seconds for cell, _ in cells if cell.oracle)
         seconds = (time.perf_counter() - began - oracles) / len(cells)  # each job's share
         for cell, member in cells:

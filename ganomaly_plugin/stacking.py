@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ganomaly_plugin.core import Chunk, Job, canonical_json
 from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.stacked import why_not_stackable
 
-Trainer: TypeAlias = Literal["auto", "plain", "stacked"]
-TRAINERS: tuple[Trainer, ...] = ("auto", "plain", "stacked")
+Trainer: TypeAlias = Literal["auto", "plain", "compiled", "stacked"]
+TRAINERS: tuple[Trainer, ...] = ("auto", "plain", "compiled", "stacked")
 MOST = 64  # models in a stack, unless the user says otherwise; what a device holds may be fewer
 
 
@@ -26,14 +27,24 @@ def stack_key(job: Job) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _why_alone(detector: str, hparams: str) -> str | None:
+def _recipe(detector: str, hparams: str) -> Recipe | None:
     made = make_detector(detector, **json.loads(hparams))
-    return why_not_stackable(made.recipe) if isinstance(made, RecipeDetector) else "it is not made of a recipe"
+    return made.recipe if isinstance(made, RecipeDetector) else None
+
+
+def _why_not(job: Job, reason: Callable[[Recipe], str | None]) -> str | None:
+    recipe = _recipe(job.detector, canonical_json(dict(job.hparams)))
+    return "it is not made of a recipe" if recipe is None else reason(recipe)
 
 
 def why_alone(job: Job) -> str | None:
     """Why a job cannot be part of a stack; None when it can."""
-    return _why_alone(job.detector, canonical_json(dict(job.hparams)))
+    return _why_not(job, why_not_stackable)
+
+
+def why_not_compiled(job: Job) -> str | None:
+    """Why a job's networks cannot be compiled; None when they can."""
+    return _why_not(job, lambda recipe: recipe.uncompilable)
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,9 @@ class Stacking:
     """How jobs are put together for training. Nothing here changes a job's key.
 
     Attributes:
-        trainer: "plain" (each model by itself), "stacked" (together wherever the method allows it), or "auto": stacked on a
-            GPU, plain on a CPU, where it does not pay.
+        trainer: "plain" (each model by itself), "compiled" (likewise, its networks compiled wherever the method allows it),
+            "stacked" (together wherever the method allows it), or "auto": stacked on a GPU, plain on a CPU, where it does
+            not pay.
         on_gpu: Whether the jobs run on one.
         most: Models in a stack at most; None: `MOST`.
         workers: How many chunks run at the same time; each gets its share.
@@ -75,8 +87,9 @@ class Stacking:
             yield from (tuple(group[k::count]) for k in range(count))
 
     def remarks(self, jobs: Iterable[Job]) -> list[str]:
-        """One line for each detector that stacking was asked for, but that is trained alone."""
-        if self.trainer != "stacked":
+        """One line for each detector that stacking or compiling was asked for, but that gets the plain trainer."""
+        why = {"stacked": why_alone, "compiled": why_not_compiled}.get(self.trainer)
+        if why is None:
             return []
-        reasons = {job.label or job.detector: why_alone(job) for job in jobs}
-        return [f"{name} is trained by the plain trainer: {why}" for name, why in reasons.items() if why is not None]
+        reasons = {job.label or job.detector: why(job) for job in jobs}
+        return [f"{name} is trained by the plain trainer: {reason}" for name, reason in reasons.items() if reason is not None]

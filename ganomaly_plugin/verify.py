@@ -22,6 +22,7 @@ from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
 from ganomaly_plugin.recipe import Networks
+from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import scoring_mode
 from ganomaly_plugin.training.stacked import StackedTrainer
@@ -57,7 +58,7 @@ def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches
 
 def _stacked(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
     """The recorded training as the second of three models; its neighbours see other images."""
-    stack = StackedTrainer(recipe, [networks] * 3, seeds=[0, 1, 2], device=device)
+    stack = StackedTrainer(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, record=record_on(device))
     losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
     return _table([{name: value[1] for name, value in step.items()} for step in losses]), stack.scoring_networks(1)
 

@@ -41,12 +41,12 @@ def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
 
 
 def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
-    trainers = "plain,stacked-grouped,stacked-matmul,stacked"
+    trainers = "plain,stacked-grouped,stacked-matmul,stacked-streams,stacked"
     words = ["--models", "ae", "--trainers", trainers, "--jobs", 3, "--peers", "none", "--measure", "training"]
     words += ["--image-size", 16, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
     assert bench("speed", *words, "--out", tmp_path / "speed.csv")[0] == 0
     rows = pd.read_csv(tmp_path / "speed.csv")
-    assert list(rows["models"]) == [1, 3, 3, 3] and list(rows["images_per_call"]) == [4, 12, 12, 12]
+    assert list(rows["models"]) == [1, 3, 3, 3, 3] and list(rows["images_per_call"]) == [4, 12, 12, 12, 12]
     assert rows["mflop_per_image"].round(6).nunique() == 1
     code, _, said = bench("speed", "--models", "f_anogan", "--trainers", "stacked", "--peers", "none", "--image-size", 16)
     assert code == 2 and "cannot be stacked: it trains in 2 stages" in said
@@ -132,6 +132,7 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         (["--measure", "train"], "Did you mean 'training'"),
         (["--precision", "fp16"], "precision must be"),
         (["--jobs", 0], "jobs must be at least 1"),
+        (["--peers", "none", "--trainers", "captured-streams"], "CUDA graphs need a GPU"),
         (["--out", "nowhere/speed.csv"], "There is no folder nowhere"),
     ],
 )

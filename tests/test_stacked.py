@@ -12,6 +12,7 @@ from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.redraw import Spares
 from ganomaly_plugin.training.stack import make_stack
 from ganomaly_plugin.training.stacked import StackedTrainer, why_not_stackable
 from ganomaly_plugin.training.together import Member, fit_together
@@ -113,24 +114,17 @@ def test_bfloat16_networks_stack_within_their_precision():
     assert 0 <= loss_gap < 0.05
 
 
-def test_a_collapsed_discriminator_is_drawn_anew_in_its_own_model_only():
+def test_a_collapsed_discriminator_is_drawn_anew_in_its_own_model_only(monkeypatch):
     recipe = recipe_of("ganomaly", redraw_below=0.68)  # near the loss of a fresh D: some models redraw, at some steps
     counts = []
+    original = Spares.give
 
-    def count(trainer: StackedTrainer, below: torch.Tensor) -> None:
+    def watched(self: Spares, weights: dict[str, torch.Tensor], below: torch.Tensor) -> None:
         counts.append(below.tolist())
+        original(self, weights, below)
 
-    original = StackedTrainer._redraw
-
-    def watched(self, phase, below):
-        count(self, below)
-        original(self, phase, below)
-
-    StackedTrainer._redraw = watched  # type: ignore[method-assign]
-    try:
-        loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=12)
-    finally:
-        StackedTrainer._redraw = original  # type: ignore[method-assign]
+    monkeypatch.setattr(Spares, "give", watched)
+    loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=12)
     assert any(any(row) and not all(row) for row in counts)
     assert loss_gap < 1e-5 and weight_gap < 1e-5
 

@@ -77,6 +77,21 @@ def test_a_stacked_sweep_has_the_records_of_a_plain_one(bench, tmp_path: Path) -
     assert code == 0 and "8 done before, 0 failed before, 0 to run" in said
 
 
+def test_a_compiled_sweep_compiles_what_can_be(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def uncompiled(network: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(network)
+        return network
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    words = ["--models", f"ae{TINY},f_anogan{TINY},pca", "--trainer", "compiled", "--out", tmp_path / "out"]
+    code, _, said = bench("run", *words, *SWEEP[:4], "--classes", 0, "--epochs", 1, "--executor", "inline")
+    assert code == 0 and "] is trained by the plain trainer: torch.compile has no gradients of gradients" in said
+    trainers = {r.job.detector: r.notes["describe"].get("trainer") for r in Store(tmp_path / "out").records()}
+    assert trainers == {"ae": "compiled", "f_anogan": "plain", "pca": None} and len(compiled) == 2  # encoder and decoder
+
+
 def test_the_oracle_of_the_papers_protocol_is_each_models_own(bench, tmp_path: Path) -> None:
     words = ["--models", f"ganomaly{TINY}", *SWEEP[:-1], 2, "--protocols"]
     for trainer in ("stacked", "plain"):

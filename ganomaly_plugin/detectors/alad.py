@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ganomaly_plugin.detectors.egbad import PairDiscriminator, cross_entropy, fooling_loss, pair_loss
-from ganomaly_plugin.networks import Decoder, Encoder, check_square, dcgan_init, normalise_spectrally
+from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Decoder, Encoder, check_square, dcgan_init, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, at_least, check_adam
 
 
@@ -119,7 +119,7 @@ class AladRecipe(Recipe):
     @property
     def unstackable(self) -> str | None:
         """Spectral normalisation iterates on singular vectors in place, which torch does not map over models."""
-        return "spectral normalisation updates its singular vectors in place" if self.spectral else None
+        return SPECTRAL_IN_PLACE if self.spectral else None
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -17,7 +17,19 @@ from torch.optim.adam import adam
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.networks import Decoder, Discriminator, bce, check_square, dcgan_init
-from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, at_least, check_adam, check_share
+from ganomaly_plugin.recipe import (
+    Networks,
+    Optimiser,
+    Phase,
+    Recipe,
+    Stage,
+    StepInput,
+    Tensors,
+    at_least,
+    check_adam,
+    check_share,
+)
+from ganomaly_plugin.training.captured import Replayed, record_on
 
 CHECK_EVERY = 25  # search steps between two looks at which images still improve
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # the search's Adam
@@ -154,8 +166,9 @@ class AnoganRecipe(Recipe):
         previous: Tensor | None = None
         with weights_frozen(networks):
             features = self._features(networks, images)
+            move = self._replayed(networks, search)
             for step in range(1, self.search_steps + 1):
-                losses = self._search_step(networks, images, features, search)
+                losses = move({"images": images, "features": features})["losses"]
                 if self.search_tol is None or step % CHECK_EVERY:
                     continue
                 if previous is not None:
@@ -165,9 +178,19 @@ class AnoganRecipe(Recipe):
                     search.keep(on)
                     if not len(left):
                         return found
+                    if not on.all():
+                        move = self._replayed(networks, search)
                 previous = losses
         found[left] = search.z
         return found
+
+    def _replayed(self, networks: Networks, search: _Search) -> Replayed:
+        """`_search_step` on the codes of `search`, replayed as a CUDA graph where there is a GPU."""
+
+        def work(inputs: Tensors) -> dict[str, Tensor]:
+            return {"losses": self._search_step(networks, inputs["images"], inputs["features"], search)}
+
+        return Replayed(work, search.state, record_on(search.z.device))
 
     def _search_step(self, networks: Networks, images: Tensor, features: Tensor, search: _Search) -> Tensor:
         """Move the codes by one step of Adam, in place, and return their losses before it.
@@ -196,6 +219,10 @@ class _Search:
             [self.z], [gradient], [self.momentum], [self.scale], [], [self.count],
             fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=lr, weight_decay=0.0, eps=TINY, maximize=False,
         )  # fmt: skip
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [self.z, self.momentum, self.scale, self.count]
 
     def keep(self, on: Tensor) -> None:
         """Go on with the codes that `on` selects."""

@@ -94,6 +94,11 @@ class FAnoganRecipe(Recipe):
         if not self.lr_encoder > 0:
             raise InvalidInput(f"lr_encoder must be positive, got {self.lr_encoder}.")
 
+    @property
+    def uncompilable(self) -> str | None:
+        """The critic's penalty is on a gradient, and has to be differentiated in turn."""
+        return "torch.compile has no gradients of gradients"
+
     def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
         """`generator`, `critic` and `encoder`.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.detectors.normal_models import STATISTICS, NormalVectors
 from ganomaly_plugin.errors import InvalidInput, unknown
-from ganomaly_plugin.networks import Standardiser, normalise_spectrally
+from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 
 VIEWS = ("image", "levelled", "latent", "residual", "feature")
@@ -121,6 +121,11 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         for part in self.parts:
             if part not in PARTS:
                 raise unknown("part", part, PARTS)
+
+    @property
+    def unstackable(self) -> str | None:
+        """With spectral normalisation, which torch does not map over models."""
+        return SPECTRAL_IN_PLACE if self.spectral else None
 
     @property
     def calibrates(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Recipe, Stage
+from ganomaly_plugin.training.captured import Record, record_on
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
 from ganomaly_plugin.training.stack import How, make_stack
 from ganomaly_plugin.training.stacked import check_stackable
@@ -88,12 +89,26 @@ def steps_in_cycle(stage: Stage) -> int:
     return math.lcm(*(phase.every for phase in stage.phases))
 
 
-def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = None) -> Prepared:
-    """`setting.jobs` models of one recipe together."""
+def captured(recipe: Recipe, stage: Stage, setting: Setting, how: How = "grouped", jobs: int | None = None) -> Prepared:
+    """`jobs` models, `setting.jobs` if not given, whose steps are replayed as a CUDA graph."""
+    if setting.device.type != "cuda":
+        raise InvalidInput(f"CUDA graphs need a GPU, and this is timed on {setting.device.type}. Leave captured trainers out.")
+    return stacked(recipe, stage, setting, how, record=record_on(setting.device), jobs=jobs)
+
+
+def stacked(
+    recipe: Recipe,
+    stage: Stage,
+    setting: Setting,
+    how: How | None = None,
+    record: Record | None = None,
+    jobs: int | None = None,
+) -> Prepared:
+    """`jobs` models of one recipe together, `setting.jobs` if not given."""
     check_stackable(recipe)
-    seeds = range(setting.jobs)
+    seeds = range(jobs or setting.jobs)
     models = [build_networks(recipe, setting.chw, seed=seed) for seed in seeds]
-    stack = make_stack(recipe, models, seeds=seeds, device=setting.device, how=how)
+    stack = make_stack(recipe, models, seeds=seeds, device=setting.device, how=how, record=record)
     data = resident(setting.images, setting.device)
     orders = [indices(len(data), recipe.batch_size, seed) for seed in seeds]
 
@@ -101,10 +116,11 @@ def stacked(recipe: Recipe, stage: Stage, setting: Setting, how: How | None = No
         index = torch.stack([next(order) for order in orders])
         stack.step(data[index.to(data.device)])
 
-    return Prepared(step, images=setting.jobs * min(recipe.batch_size, len(setting.images)), models=setting.jobs)
+    return Prepared(step, images=len(seeds) * min(recipe.batch_size, len(setting.images)), models=len(seeds))
 
 
-#: The trainers by name; how the stacked one carries out a step is the device's affair, unless the name says it.
+#: The trainers by name. Captured ones replay CUDA graphs, "captured" of a single model; how "stacked" carries out a step is the
+#: device's affair, the others' names say it.
 TRAINERS: Mapping[str, Prepare] = {
     "plain": plain,
     "compiled": compiled,
@@ -112,4 +128,9 @@ TRAINERS: Mapping[str, Prepare] = {
     "stacked-turns": functools.partial(stacked, how="turns"),
     "stacked-grouped": functools.partial(stacked, how="grouped"),
     "stacked-matmul": functools.partial(stacked, how="matmul"),
+    "stacked-streams": functools.partial(stacked, how="streams"),
+    "captured": functools.partial(captured, jobs=1),
+    "captured-grouped": functools.partial(captured, how="grouped"),
+    "captured-matmul": functools.partial(captured, how="matmul"),
+    "captured-streams": functools.partial(captured, how="streams"),
 }

@@ -40,6 +40,7 @@ class RecipeDetector(BaseDetector):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.compiled = False  # whether `fit` calls the networks through torch.compile
         self.has_anomaly_map = type(recipe).anomaly_map is not Recipe.anomaly_map  # type: ignore[misc]
         self.has_reconstruction = type(recipe).reconstruct is not Recipe.reconstruct  # type: ignore[misc]
         self.conformance_exemptions = recipe.conformance_exemptions  # type: ignore[misc]
@@ -84,9 +85,10 @@ class RecipeDetector(BaseDetector):
             epochs=self.default_epochs if epochs is None else epochs,
             steps=steps,
             device=device,
+            compiled=self.compiled,
             after_epoch=after_epoch,
         )
-        fitting.finish("plain")
+        fitting.finish("compiled" if self.compiled else "plain")
 
     def _score(self, images: Tensor) -> Tensor:
         return self._in_chunks(images, self.recipe.score).double()

@@ -17,6 +17,7 @@ from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, Tensors
 from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.precision import networks_in, precision
+from ganomaly_plugin.training.redraw import drawn_anew
 
 
 def build_networks(recipe: Recipe, chw: tuple[int, int, int], seed: int) -> dict[str, nn.Module]:
@@ -35,7 +36,8 @@ def make_optimiser(options: Optimiser, parameters: list[nn.Parameter]) -> torch.
     """The torch optimiser that `options` describe; Adam runs fused."""
     if options.kind == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=options.lr)
-    return torch.optim.Adam(parameters, lr=options.lr, betas=options.betas, fused=True)
+    on_gpu = any(parameter.is_cuda for parameter in parameters)  # there its count of steps may lie in a CUDA graph
+    return torch.optim.Adam(parameters, lr=options.lr, betas=options.betas, fused=True, capturable=on_gpu)
 
 
 def trained_parameters(phase: Phase, networks: Networks) -> list[nn.Parameter]:
@@ -146,13 +148,12 @@ class PlainTrainer:
             network.train(name in trained)
 
     def _redraw(self, phase: Phase) -> None:
-        seed = int(torch.randint(2**62, (1,), generator=self.redraws))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for name in phase.trains:  # on the CPU, so that every device draws the same weights
-                network = self.networks[name].cpu()
-                self.recipe.redraw(network)
-                to_device(network, self.device)
+        drawn = drawn_anew(self.recipe, phase, self.networks, self.redraws)
+        with torch.no_grad():
+            for name in phase.trains:
+                for own, weight in self.networks[name].named_parameters():
+                    if f"{name}.{own}" in drawn:
+                        weight.copy_(drawn[f"{name}.{own}"])
 
 
 def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -184,6 +185,7 @@ def train(
     epochs: int,
     steps: int | None = None,
     device: torch.device,
+    compiled: bool = False,
     after_epoch: Callable[[int, PlainTrainer, dict[str, float]], bool | None],
 ) -> PlainTrainer:
     """Train `recipe` on checked images `(n, c, h, w)` and return the trainer.
@@ -193,7 +195,7 @@ def train(
     True ends the stage.
     """
     _, c, h, w = images.shape
-    trainer = PlainTrainer(recipe, build_networks(recipe, (c, h, w), seed), seed=seed, device=device)
+    trainer = PlainTrainer(recipe, build_networks(recipe, (c, h, w), seed), seed=seed, device=device, compiled=compiled)
     order = order_of(seed)
     data = resident(images, device)
     epoch = 0

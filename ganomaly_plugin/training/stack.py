@@ -1,4 +1,4 @@
-"""Several models of one recipe in training at once: what a stack does, and the two kinds there are."""
+"""Several models of one recipe in training at once: what a stack does, and the kinds there are."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.convolutions import Convolutions
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.stacked import StackedTrainer, check_stackable
+from ganomaly_plugin.training.streams import OnStreams
 
-#: How the models of a stack advance: "grouped" and "matmul" as in `convolutions`, or "turns": one after another.
-How: TypeAlias = Convolutions | Literal["turns"]
+#: How the models of a stack advance: mapped, with convolutions "grouped" or as "matmul"; or each by itself, on "streams" of a
+#: GPU that run at the same time, or in "turns", one after another.
+How: TypeAlias = Convolutions | Literal["streams", "turns"]
 
 
 class Stack(Protocol):
@@ -26,6 +29,11 @@ class Stack(Protocol):
 
     def __len__(self) -> int:
         """How many models."""
+        ...
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed from a recording by now."""
         ...
 
     def step(self, images: Tensor) -> dict[str, Tensor]:
@@ -46,15 +54,27 @@ class Stack(Protocol):
 
 
 def make_stack(
-    recipe: Recipe, models: Sequence[Networks], *, seeds: Sequence[int], device: torch.device, how: How | None = None
+    recipe: Recipe,
+    models: Sequence[Networks],
+    *,
+    seeds: Sequence[int],
+    device: torch.device,
+    how: How | None = None,
+    record: Record | None = None,
 ) -> Stack:
-    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster."""
+    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster.
+
+    `how` says how they advance, `record` how a step is recorded, to be replayed from then on (in turns nothing is); the rest is
+    as in `StackedTrainer`.
+    """
     how = how or ("turns" if device.type == "cpu" else "grouped")
     if how == "turns":
         return InTurns(recipe, models, seeds=seeds, device=device)
+    if how == "streams":
+        return OnStreams(recipe, models, seeds=seeds, device=device, record=record)
     if how == "matmul" and recipe.precision == "bf16" and device.type == "cpu":
         raise InvalidInput("Convolutions as matrix products in bf16 are for GPUs: torch's BatchNorm on a CPU refuses them.")
-    return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how)
+    return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how, record=record)
 
 
 class InTurns:
@@ -67,6 +87,7 @@ class InTurns:
             for networks, seed in zip(models, seeds, strict=True)
         ]
         self.steps = 0
+        self.is_recorded = False
 
     def __len__(self) -> int:
         return len(self._trainers)

@@ -3,6 +3,8 @@
 Weights, buffers and optimiser moments of all models lie in tensors with a leading model axis. A phase's loss, written for one
 model, is mapped over that axis; the gradient of the sum of the losses is each model's own gradient, and one Adam over the
 stacked weights is many Adams. What a model computes depends on no other: one that diverges leaves the rest untouched.
+
+The work of a step changes tensors in place and asks the device nothing, so that it can be recorded and replayed.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput
+from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput, Tensors
+from ganomaly_plugin.training.captured import Record, Replayed
 from ganomaly_plugin.training.convolutions import Convolutions, convolutions_as
 from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
 from ganomaly_plugin.training.precision import networks_in, precision
+from ganomaly_plugin.training.redraw import Spares
 
 
 def why_not_stackable(recipe: Recipe) -> str | None:
@@ -61,6 +66,7 @@ class StackedTrainer:
         seeds: One a model: determines its random draws and re-drawn networks, as in the plain trainer.
         device: Where the steps run.
         convolutions: How the convolutions of all models are carried out.
+        record: How the work of a step is recorded; None: it is not, and its kernels are launched one by one.
 
     Raises:
         InvalidInput: The recipe cannot be stacked.
@@ -74,9 +80,10 @@ class StackedTrainer:
         seeds: Sequence[int],
         device: torch.device,
         convolutions: Convolutions = "grouped",
+        record: Record | None = None,
     ) -> None:
         check_stackable(recipe)
-        self.recipe, self.device, self.convolutions = recipe, device, convolutions
+        self.recipe, self.device, self.convolutions, self._record = recipe, device, convolutions, record
         self.phases = recipe.stages[0].phases
         self._template = _Networks(copy.deepcopy(dict(models[0])), recipe.precision).to(device)
         trained = {name for phase in self.phases for name in phase.trains}
@@ -92,20 +99,24 @@ class StackedTrainer:
             for name, _ in wrapped[0].named_buffers()
         }
         self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._redraws = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._optimisers = [make_optimiser(phase.optimiser, self._trained(phase)) for phase in self.phases]
-        self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state().items()}
+        self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state_dict().items()}
         self.steps = 0
-        self._fresh: dict[str, dict[str, Tensor]] = {}
-        self._spent: dict[str, Tensor] = {}
-        for phase in self.phases:
-            if phase.redraw_below is not None:
-                self._spent[phase.name] = torch.zeros(len(models), dtype=torch.bool, device=device)
-                drawn = [self._draw_anew(phase, model) for model in range(len(models))]
-                self._fresh[phase.name] = {name: torch.stack([one[name] for one in drawn]).to(device) for name in drawn[0]}
+        networks = {name: to_device(copy.deepcopy(network), torch.device("cpu")) for name, network in models[0].items()}
+        self._spares = {
+            phase.name: Spares(recipe, phase, networks, [torch.Generator().manual_seed(seed) for seed in seeds], device)
+            for phase in self.phases
+            if phase.redraw_below is not None
+        }
+        self._run = Replayed(self.work, self.state, record)
 
     def __len__(self) -> int:
         return len(self._draws)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed by now."""
+        return self._run.is_recorded
 
     def step(self, images: Tensor) -> dict[str, Tensor]:
         """One step of every model on its own batch.
@@ -116,33 +127,58 @@ class StackedTrainer:
         Returns:
             The losses as they stood in the step, `(m,)` each.
         """
-        x = to_float(images.to(self.device, non_blocking=True), self.recipe.input_range)
-        drawn = [self.recipe.draw(x.shape[1], rng) for rng in self._draws]
-        draws = {name: torch.stack([each[name] for each in drawn]).to(self.device) for name in drawn[0]}
-        self.steps += 1
+        losses = self._run(self.inputs(images))
+        self.after_step()
+        return losses
+
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What the work of a step on `images` reads: them, and every model's random draws, on the device."""
+        drawn = [self.recipe.draw(images.shape[1], rng) for rng in self._draws]
+        draws = {name: torch.stack([each[name] for each in drawn]) for name in drawn[0]}
+        given = {"images": images, **{f"draw {name}": value for name, value in draws.items()}}
+        return {name: self._sent(value) for name, value in given.items()}
+
+    def _sent(self, value: Tensor) -> Tensor:
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # else the copy would be waited for
+        return value.to(self.device, non_blocking=True)
+
+    def work(self, inputs: Tensors) -> dict[str, Tensor]:
+        """What a step does on the device, weights and optimisers moved in place: its losses `(m,)`, from `inputs`."""
+        x = to_float(inputs["images"], self.recipe.input_range)
+        draws = {name.removeprefix("draw "): value for name, value in inputs.items() if name != "images"}
+        earlier: dict[str, Tensor] = {}
         with precision(self.recipe.precision):
-            earlier = self._run_phases(x, draws)
-        if self._average is not None:
-            self._update_average()
+            for phase, optimiser in zip(self.phases, self._optimisers, strict=True):
+                loss, computed = self._mapped(phase)(self.weights, self.buffers, x, draws, earlier)
+                weights = self._trained(phase)
+                more = phase is not self.phases[-1]
+                gradients = torch.autograd.grad(loss.sum(), weights, retain_graph=more, allow_unused=True)
+                set_gradients(weights, gradients)
+                optimiser.step()
+                earlier.update(computed)
+                if phase.redraw_below is not None:
+                    own = {name.removeprefix("networks."): weight for name, weight in self.weights.items()}
+                    self._spares[phase.name].give(own, loss.detach() < phase.redraw_below)
         return {name: value.detach() for name, value in earlier.items() if value.ndim == 1}
 
-    def _run_phases(self, x: Tensor, draws: dict[str, Tensor]) -> dict[str, Tensor]:
-        earlier: dict[str, Tensor] = {}
-        for phase, optimiser in zip(self.phases, self._optimisers, strict=True):
-            loss, computed = self._mapped(phase)(self.weights, self.buffers, x, draws, earlier)
-            weights = self._trained(phase)
-            more = phase is not self.phases[-1]
-            gradients = torch.autograd.grad(loss.sum(), weights, retain_graph=more, allow_unused=True)
-            set_gradients(weights, gradients)
-            optimiser.step()
-            earlier.update(computed)
-            if phase.redraw_below is not None:
-                self._redraw(phase, loss.detach() < phase.redraw_below)
-        return earlier
+    def after_step(self) -> None:
+        """What Python has to do with a step: count it, and move averages by a share that depends on the count."""
+        self.steps += 1
+        if self.device.type == "cpu":  # which nobody waits for
+            self.refill()
+        if self._average is not None:
+            self._update_average()
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that the work of a step changes in place."""
+        moments = [value for optimiser in self._optimisers for state in optimiser.state.values() for value in state.values()]
+        spent = [spares.spent for spares in self._spares.values()]
+        return [*self.weights.values(), *self.buffers.values(), *moments, *spent]
 
     def scoring_networks(self, model: int) -> dict[str, nn.Module]:
         """The networks of one model to score with: the averaged ones when the recipe averages."""
-        state = self._state() if self._average is None else self._average
+        state = self._state_dict() if self._average is None else self._average
         networks = copy.deepcopy(self._template.networks)
         own = {name.removeprefix("networks."): value[model].detach() for name, value in state.items()}
         networks.load_state_dict(own)
@@ -166,19 +202,14 @@ class StackedTrainer:
         if self._average is not None:
             self._average = {name: value[index] for name, value in self._average.items()}
         self._draws = [self._draws[model] for model in models]
-        self._redraws = [self._redraws[model] for model in models]
-        self._spent = {name: spent[index] for name, spent in self._spent.items()}
-        self._fresh = {name: {k: v[index] for k, v in fresh.items()} for name, fresh in self._fresh.items()}
+        for spares in self._spares.values():
+            spares.keep(models)
+        self._run = Replayed(self.work, self.state, self._record)
 
     def refill(self) -> None:
         """Draw new spare weights for models that used theirs up. Waits for the device: call it between epochs."""
-        for phase in self.phases:
-            if phase.name not in self._spent:
-                continue
-            for model in self._spent[phase.name].nonzero().flatten().tolist():
-                for name, value in self._draw_anew(phase, model).items():
-                    self._fresh[phase.name][name][model] = value.to(self.device)
-            self._spent[phase.name].zero_()
+        for spares in self._spares.values():
+            spares.refill()
 
     def _mapped(self, phase: Phase) -> Any:
         def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
@@ -187,6 +218,9 @@ class StackedTrainer:
 
         def all_(*arguments: Any) -> Any:
             with convolutions_as(self.convolutions):
+                if len(self) == 1:  # mapping over a single model would only cost
+                    only = tree_map_only(Tensor, lambda tensor: tensor[0], arguments)
+                    return tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), one(*only))
                 return vmap(one, randomness="error")(*arguments)
 
         return all_
@@ -197,44 +231,14 @@ class StackedTrainer:
     def _trained(self, phase: Phase) -> list[Any]:
         return [self.weights[name] for name in self._trained_names(phase)]
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers of all models, by their names in the template's `state_dict`."""
         kept = self._template.state_dict()
         return {name: value for name, value in {**self.weights, **self.buffers}.items() if name in kept}
 
-    def _draw_anew(self, phase: Phase, model: int) -> dict[str, Tensor]:
-        """The weights that the recipe's `redraw` sets, drawn on the CPU with the seed that is next for this model."""
-        seed = int(torch.randint(2**62, (1,), generator=self._redraws[model]))
-        drawn: dict[str, Tensor] = {}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            for name in phase.trains:
-                # Channels-last as in the plain trainer: the order in memory decides which weight gets which number.
-                network = to_device(copy.deepcopy(self._template.networks[name]), torch.device("cpu"))
-                for weight in network.parameters():
-                    weight.fill_(torch.nan)
-                self.recipe.redraw(network)
-                for own, weight in network.named_parameters():
-                    if not weight.isnan().any():  # else it is none of those that are drawn anew
-                        drawn[f"networks.{name}.{own}"] = weight.detach()
-        return drawn
-
-    def _redraw(self, phase: Phase, below: Tensor) -> None:
-        """Give the models that are `below` their spare weights. On a GPU nobody asks whether there are any: that would wait."""
-        if self.device.type == "cpu" and not below.any():
-            return
-        with torch.no_grad():
-            for name, fresh in self._fresh[phase.name].items():
-                weight = self.weights[name]
-                chosen = below.view(-1, *(1,) * (weight.ndim - 1))
-                weight.copy_(torch.where(chosen, fresh, weight))
-        self._spent[phase.name] |= below
-        if self.device.type == "cpu":
-            self.refill()
-
     def _update_average(self) -> None:
         assert self._average is not None and self.recipe.ema_decay is not None
-        update, current = warmed_average(self.recipe.ema_decay), self._state()
+        update, current = warmed_average(self.recipe.ema_decay), self._state_dict()
         for floating in (True, False):
             names = [name for name, value in current.items() if value.is_floating_point() is floating]
             averaged, now = [self._average[name] for name in names], [current[name].detach() for name in names]

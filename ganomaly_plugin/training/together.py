@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Stage
+from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.memory import models_that_fit
@@ -45,10 +46,12 @@ def fit_together(
     steps: int | None,
     device: torch.device,
     how: How | None = None,
+    record: Record | None = None,
 ) -> None:
     """Fit every member on its share of checked images `(n, c, h, w)`; one that fails leaves the others as they would be.
 
-    A stack that does not fit into the device's memory is split in halves, which begin anew.
+    A stack that does not fit into the device's memory is split in halves, which begin anew. `how` and `record` are those of
+    `make_stack`.
     """
     by_batch: dict[int, list[_Course]] = {}
     for member in members:
@@ -60,7 +63,7 @@ def fit_together(
         by_batch.setdefault(course.batch_size, []).append(course)
     for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device)):
         try:
-            _run(courses, resident(data, device), device, how)
+            _run(courses, resident(data, device), device, how, record)
         except torch.OutOfMemoryError as error:
             again = [course.member for course in courses]
             if len(again) == 1:
@@ -71,7 +74,7 @@ def fit_together(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             for part in (again[:half], again[half:]):
-                fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how)
+                fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how, record=record)
 
 
 class _Course:
@@ -126,11 +129,12 @@ def _packed(courses: list[_Course], data: Tensor, device: torch.device) -> list[
     return [courses[k::count] for k in range(count)]
 
 
-def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | None) -> None:
+def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | None, record: Record | None) -> None:
     recipe = courses[0].fitting.recipe
     stage = recipe.stages[0]
     models = [course.fitting.build() for course in courses]
-    stack: Stack = make_stack(recipe, models, seeds=[course.member.seed for course in courses], device=device, how=how)
+    seeds = [course.member.seed for course in courses]
+    stack: Stack = make_stack(recipe, models, seeds=seeds, device=device, how=how, record=record)
     size = len(courses)
     while courses:
         index = torch.stack([course.next_batch() for course in courses])
@@ -147,7 +151,7 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | 
             try:
                 course.end_epoch(stack.scoring_networks(k), stack.steps, list(losses), stage)
                 if course.is_over:
-                    course.fitting.finish("stacked", stacked_models=size)
+                    course.fitting.finish("stacked", stacked_models=size, **({"replayed": True} if stack.is_recorded else {}))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # it diverged, or its scores are not finite: its own affair

@@ -11,11 +11,14 @@ device=${DEVICE:-cuda}
 bench="python -m ganomaly_plugin"
 size="--features 64 --batch-size 64 --image-size 32 --repeats 15"
 jobs="1 3 10 30"
+trainers=compiled,captured,stacked-grouped,captured-grouped,stacked-matmul,captured-matmul,captured-streams
+peers=$(python -c 'import anomalib' 2>/dev/null && echo authors,anomalib || echo authors)
 sweep="--epochs 15"
 if [ -n "${QUICK:-}" ]; then
     size="--features 2 --batch-size 4 --image-size 16 --images 16 --repeats 5"
     jobs="1 2"
     sweep="--epochs 1 --classes 0,1 --train-fraction 0.01 --hparams features=2"
+    trainers=stacked-grouped,stacked-matmul,stacked-streams
 fi
 mkdir -p "$out"
 for trainer in plain stacked; do
@@ -23,7 +26,7 @@ for trainer in plain stacked; do
 done
 for precision in float32 tf32 bf16; do
     for n in $jobs; do
-        $bench speed --models ganomaly --trainers plain,stacked-grouped,stacked-matmul --jobs "$n" --peers authors \
+        $bench speed --models ganomaly --trainers "plain,$trainers" --jobs "$n" --peers "$peers" \
             --measure training --precision "$precision" --device "$device" $size --out "$out/${precision}_$n.csv" || true
     done
 done

@@ -1,0 +1,135 @@
+"""A step recorded once and replayed: a CUDA graph launches all kernels of a step at once, without Python between them.
+
+What a graph holds is the work on the device alone. It reads its inputs where they lay when it was recorded, writes its
+outputs over those of the step before, and knows nothing of a number that Python has changed since.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ganomaly_plugin.errors import one_line
+from ganomaly_plugin.recipe import Tensors
+
+#: Work on the device: from tensors, and tensors that it changes in place, to tensors.
+Work: TypeAlias = Callable[[Tensors], dict[str, Tensor]]
+#: Records work on these inputs without its being done: `(its outputs, what to call to do it)`.
+Record: TypeAlias = Callable[[Work, Tensors], tuple[dict[str, Tensor], Callable[[], None]]]
+
+WARM_UP = 3  # steps launched one kernel at a time first, in which libraries choose their kernels and allocate what they need
+_AGREE = 0.5  # of a step's change: a replayed step that differs by more from the step itself does other work
+
+
+def cuda_graph(work: Work, inputs: Tensors) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Record `work` as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work(inputs)
+    return outputs, graph.replay
+
+
+def record_on(device: torch.device) -> Record | None:
+    """How work on `device` is recorded; None where it cannot be."""
+    return cuda_graph if device.type == "cuda" else None
+
+
+class Replayed:
+    """Does some work again and again on new inputs of the same shapes: at first as it is, then as it was recorded.
+
+    Before a recording is trusted it is held to the work itself, once, from the same state. One that cannot be made, or does
+    something else, is a warning, and the work goes on as it is.
+
+    Args:
+        work: What to do.
+        state: All tensors that the work changes in place, asked for when it is recorded.
+        record: How to record; None never does.
+    """
+
+    def __init__(self, work: Work, state: Callable[[], Sequence[Tensor]], record: Record | None) -> None:
+        self._work, self._state, self._record = work, state, record
+        self._calls = 0
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether calls are replayed by now."""
+        return self._replay is not None
+
+    def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
+        """The outputs of the work on `inputs`."""
+        self._calls += 1
+        if self._record is None:
+            return self._work(inputs)
+        if self._calls <= WARM_UP:
+            return self._aside(inputs)
+        if self._replay is None:
+            return self._first(inputs, self._record)
+        for name, value in inputs.items():
+            self._inputs[name].copy_(value, non_blocking=True)
+        self._replay()
+        return {name: value.clone() for name, value in self._outputs.items()}
+
+    def _aside(self, inputs: Tensors) -> dict[str, Tensor]:
+        """The work itself, on a CUDA stream of its own, as libraries need it before a graph is recorded."""
+        device = next(iter(inputs.values())).device
+        if device.type != "cuda":
+            return self._work(inputs)
+        here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            outputs = self._work(inputs)
+        here.wait_stream(aside)
+        for value in (*inputs.values(), *outputs.values()):
+            value.record_stream(aside)
+            value.record_stream(here)
+        return outputs
+
+    def _first(self, inputs: Tensors, record: Record) -> dict[str, Tensor]:
+        """Record the work, and do it: both as it is and as recorded."""
+        self._inputs = {name: value.clone() for name, value in inputs.items()}
+        state = self._state()
+        before = [tensor.detach().clone() for tensor in state]
+        problem: str | None = None
+        replay: Callable[[], None] | None = None
+        try:
+            self._outputs, replay = record(self._work, self._inputs)
+        except Exception as error:  # the device refuses something in it, or has no memory for a second copy
+            problem = one_line(error)
+        outputs = {name: value.clone() for name, value in self._aside(inputs).items()}
+        if replay is not None:
+            after = [tensor.detach().clone() for tensor in state]
+            _restore(state, before)
+            replay()
+            if _agree(state, after, before):
+                self._replay = replay
+                return {name: value.clone() for name, value in self._outputs.items()}
+            problem = "replayed, it does something else"
+            _restore(state, after)
+        self._record, self._inputs, self._outputs = None, {}, {}
+        warnings.warn(f"a step cannot be replayed as one ({problem}); its kernels are launched one by one", stacklevel=2)
+        return outputs
+
+
+def _restore(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(state, values, strict=True):
+            tensor.copy_(value)
+
+
+def _agree(state: Sequence[Tensor], expected: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Whether `state` came about from `before` as `expected` did, but for rounding and what Adam makes of it."""
+    wrong = change = 0.0
+    for mine, theirs, old in zip(state, expected, before, strict=True):
+        moved = theirs.double() - old.double()
+        scale = moved.abs().max().clamp(min=1e-30) if moved.numel() else moved.new_ones(())
+        apart = (mine.detach().double() - theirs.double()) / scale
+        wrong += float(apart.nan_to_num(0.0, 0.0, 0.0).square().sum())
+        change += float((moved / scale).nan_to_num(0.0, 0.0, 0.0).square().sum())
+    return wrong <= _AGREE**2 * max(change, 1.0)

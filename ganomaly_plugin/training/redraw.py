@@ -1,0 +1,72 @@
+"""Networks drawn anew in training, when their loss says that they have collapsed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ganomaly_plugin.recipe import Networks, Phase, Recipe
+
+
+def drawn_anew(recipe: Recipe, phase: Phase, networks: Networks, rng: torch.Generator) -> dict[str, Tensor]:
+    """The weights that the recipe's `redraw` sets, of the networks that `phase` trains, by "<network>.<weight>".
+
+    They are drawn on the CPU, so that every device gets the same, with the seed that is next in `rng`. The order of
+    `networks` in memory decides which weight gets which number; they are left as they are.
+    """
+    seed = int(torch.randint(2**62, (1,), generator=rng))
+    drawn: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for name in phase.trains:
+            network = copy.deepcopy(networks[name]).cpu()
+            for weight in network.parameters():
+                weight.fill_(torch.nan)
+            recipe.redraw(network)
+            for own, weight in network.named_parameters():
+                if not weight.isnan().any():  # else it is none of those that are drawn anew
+                    drawn[f"{name}.{own}"] = weight.detach()
+    return drawn
+
+
+class Spares:
+    """Weights that lie ready on the device for models that collapse, so that no step waits to learn whether one does.
+
+    Args:
+        networks: On the CPU; their order in memory is that of `drawn_anew`.
+        rngs: One a model.
+    """
+
+    def __init__(
+        self, recipe: Recipe, phase: Phase, networks: Networks, rngs: Sequence[torch.Generator], device: torch.device
+    ) -> None:
+        self._recipe, self._phase, self._rngs = recipe, phase, list(rngs)
+        self._blank: dict[str, nn.Module] = {name: networks[name] for name in phase.trains}
+        drawn = [drawn_anew(recipe, phase, self._blank, rng) for rng in rngs]
+        self.weights = {name: torch.stack([one[name] for one in drawn]).to(device) for name in drawn[0]}
+        self.spent = torch.zeros(len(drawn), dtype=torch.bool, device=device)
+
+    def give(self, weights: dict[str, Tensor], below: Tensor) -> None:
+        """Overwrite the stacked `weights` of the models that are `below` `(m,)`, in place."""
+        with torch.no_grad():
+            for name, spare in self.weights.items():
+                weight = weights[name]
+                weight.copy_(torch.where(below.view(-1, *(1,) * (weight.ndim - 1)), spare, weight))
+            self.spent |= below
+
+    def refill(self) -> None:
+        """Draw new ones for models that used theirs up. Waits for the device."""
+        for model in self.spent.nonzero().flatten().tolist():
+            for name, value in drawn_anew(self._recipe, self._phase, self._blank, self._rngs[model]).items():
+                self.weights[name][model] = value.to(self.spent.device)
+        self.spent.zero_()
+
+    def keep(self, models: Sequence[int]) -> None:
+        """Go on with these models only."""
+        self._rngs = [self._rngs[model] for model in models]
+        index = torch.tensor(models, device=self.spent.device)
+        self.spent = self.spent[index]
+        self.weights = {name: spare[index] for name, spare in self.weights.items()}

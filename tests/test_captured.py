@@ -1,0 +1,179 @@
+"""Steps that are recorded and replayed, by the rules of CUDA graphs (`tape.py`): the same models as step by step."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tape import record_tape
+from test_stacked import CPU, SMALL, STACKABLE, alone, digits, recipe_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.training import captured, plain, stacked
+from ganomaly_plugin.training.captured import WARM_UP, Replayed
+from ganomaly_plugin.training.plain import build_networks
+from ganomaly_plugin.training.stack import make_stack
+from ganomaly_plugin.training.together import Member, fit_together
+
+
+def trained(name: str, how: str, record, **hparams):
+    """Losses of a few steps of three models, of which two go on, and the weights they end with."""
+    recipe, data, order = recipe_of(name, **{**STACKABLE[name], **hparams}), digits(), torch.Generator().manual_seed(0)
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in (3, 4, 5)]
+    stack = make_stack(recipe, models, seeds=[3, 4, 5], device=CPU, how=how, record=record)
+    losses = []
+    for step in range(2 * WARM_UP + 6):
+        if step == WARM_UP + 3:
+            assert stack.is_recorded == (record is not None)
+            stack.keep([2, 0])
+        batches = [data[torch.randint(len(data), (recipe.batch_size,), generator=order)] for _ in range(len(stack))]
+        losses.append({key: value.tolist() for key, value in stack.step(torch.stack(batches)).items()})
+    assert stack.is_recorded == (record is not None)
+    networks = [stack.scoring_networks(model) for model in range(2)]
+    return losses, [net.state_dict() for each in networks for net in each.values()]
+
+
+def assert_same(one, other) -> None:
+    assert one[0] == other[0]
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+
+
+@pytest.mark.parametrize("name", STACKABLE)
+def test_replayed_steps_are_the_steps_to_the_last_bit(name):
+    assert_same(trained(name, "grouped", None), trained(name, "grouped", record_tape))
+
+
+@pytest.mark.parametrize("how", ["matmul", "streams"])
+def test_so_they_are_however_the_models_advance(how):
+    assert_same(trained("ganomaly", how, None), trained("ganomaly", how, record_tape))
+
+
+def test_networks_are_drawn_anew_in_replayed_steps_too():
+    collapsing = {"redraw_below": 0.68}  # near the loss of a fresh D
+    plainly, replayed = (trained("ganomaly", "grouped", record, **collapsing) for record in (None, record_tape))
+    assert_same(plainly, replayed)
+    assert plainly[0] != trained("ganomaly", "grouped", None)[0]
+
+
+@pytest.mark.parametrize("how", ["grouped", "streams"])
+def test_detectors_fitted_on_replayed_steps_are_those_fitted_alone(how):
+    data = digits()
+    shares = [torch.arange(0, 160), torch.arange(100, 260), torch.arange(50, 600, 7)]  # of 10, 10 and 4 steps an epoch
+    members = [Member(make_detector("ganomaly", **SMALL), share, seed=k) for k, share in enumerate(shares)]
+    fit_together(members, data, epochs=2, steps=None, device=CPU, how=how, record=record_tape)
+    for k, (member, share) in enumerate(zip(members, shares, strict=True)):
+        assert member.error is None and member.detector.describe()["replayed"]
+        np.testing.assert_allclose(
+            member.detector.score(data[:50]), alone("ganomaly", data, share, k, 2).score(data[:50]), 1e-4
+        )
+
+
+def test_anogan_searches_the_same_codes(monkeypatch):
+    data = digits()[:12]
+    detector = make_detector("anogan", **SMALL, lr=2e-3, search_steps=60, search_tol=0.05, search_lr=0.1)
+    detector.fit(digits()[:128], epochs=8, device="cpu")
+    step_by_step, recorded = detector.score(data), []
+
+    def noted(work, inputs):
+        recorded.append(len(inputs["images"]))
+        return record_tape(work, inputs)
+
+    monkeypatch.setattr("ganomaly_plugin.detectors.anogan.record_on", lambda device: noted)
+    np.testing.assert_array_equal(detector.score(data), step_by_step)
+    assert recorded[0] == 12 and 0 < recorded[1] < 12  # anew for the images whose search goes on
+
+
+def count_up(counter: torch.Tensor):
+    def work(inputs):
+        counter.add_(inputs["by"])
+        return {"count": counter.clone()}
+
+    return work
+
+
+def test_a_recording_that_cannot_be_made_is_one_warning_and_the_steps_go_on():
+    counter = torch.zeros(3)
+
+    def refused(work, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    run = Replayed(count_up(counter), lambda: [counter], refused)
+    with pytest.warns(UserWarning, match="cannot be replayed as one .RuntimeError: operation not permitted") as caught:
+        seen = [float(run({"by": torch.ones(3)})["count"][0]) for _ in range(WARM_UP + 4)]
+    assert seen == list(range(1, WARM_UP + 5)) and len(caught) == 1 and not run.is_recorded
+
+
+@pytest.mark.parametrize("doing", ["nothing", "too much"])
+def test_a_recording_that_does_something_else_is_not_trusted(doing):
+    counter = torch.zeros(3)
+
+    def wrong(work, inputs):
+        return {"count": counter}, (lambda: None) if doing == "nothing" else (lambda: counter.add_(2 * inputs["by"]))
+
+    run = Replayed(count_up(counter), lambda: [counter], wrong)
+    with pytest.warns(UserWarning, match="does something else"):
+        seen = [float(run({"by": torch.ones(3)})["count"][0]) for _ in range(WARM_UP + 4)]
+    assert seen == list(range(1, WARM_UP + 5))
+
+
+def test_the_tape_refuses_what_a_cuda_graph_refuses():
+    def asks(inputs):
+        return {"x": inputs["x"] * float(inputs["x"].sum())}
+
+    def draws(inputs):
+        return {"x": inputs["x"] + torch.rand(2)}
+
+    for work in (asks, draws):
+        with pytest.raises(RuntimeError, match=r"the step (asks|draws)"):
+            record_tape(work, {"x": torch.ones(2)})
+
+
+class NothingOnTheCpu(TorchDispatchMode):
+    """No tensor of the CPU is made, read or sent in it: within a CUDA graph a copy from there is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, torch.Tensor) or value.device.type != "cpu", func
+        return result
+
+
+@pytest.mark.parametrize("how", ["grouped", "matmul"])
+@pytest.mark.parametrize("name", STACKABLE)
+def test_a_step_keeps_to_its_device_and_asks_it_nothing(name, how, monkeypatch):
+    """On the device "meta" tensors have no values to ask for, and no way to another device."""
+
+    def unfused(options, parameters):  # there is no fused Adam on "meta", and the other counts its steps on the CPU
+        return torch.optim.SGD(parameters, lr=options.lr, foreach=True)
+
+    for module in (plain, stacked):
+        monkeypatch.setattr(module, "make_optimiser", unfused)
+    recipe = recipe_of(name, **STACKABLE[name])
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in (0, 1)]
+    stack = make_stack(recipe, models, seeds=[0, 1], device=torch.device("meta"), how=how)
+    images = torch.zeros(2, 16, 1, 16, 16, dtype=torch.uint8)
+    work = stack.work
+
+    def there(inputs):
+        with NothingOnTheCpu():
+            return work(inputs)
+
+    for _ in range(2):
+        losses = stack.step(images)
+    monkeypatch.setattr(stack, "work", there)
+    stack.keep([1])
+    assert all(value.device.type == "meta" and value.shape == (2,) for value in losses.values())
+    assert all(value.shape == (1,) for value in stack.step(images[:1]).values())
+
+
+def test_nothing_is_recorded_where_there_are_no_graphs():
+    assert captured.record_on(CPU) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = Replayed(lambda inputs: {"x": inputs["x"] + 1}, list, None)
+        assert all(float(run({"x": torch.zeros(1)})["x"]) == 1 for _ in range(WARM_UP + 2))
