@@ -76,9 +76,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
     parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--trainer", type=str, help="auto, plain, compiled, or stacked: seeds and classes in one (auto: on a GPU)"
-    )
+    parser.add_argument("--trainer", type=str, help="auto, plain, compiled; stacked: seeds and classes in one; or stacked-WAY")
     parser.add_argument("--cuda_graphs", "--cuda-graphs", type=bool, default=True, help="stacks on a GPU replay their steps")
     parser.add_argument("--stack", type=int, help="models trained together at most (default: 64, or what the memory holds)")
     parser.add_argument("--executor", type=str, help="local: in worker processes (default); inline: in this one; ray; slurm")

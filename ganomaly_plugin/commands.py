@@ -140,6 +140,7 @@ def run(options: Any) -> int:
         data_root=root,
         status=told,
         compiled=trainer == "compiled",
+        how=stacking.how,
         cuda_graphs=options.cuda_graphs,
     )
     executor = make_executor(where, functools.partial(failure, settings=settings), store)

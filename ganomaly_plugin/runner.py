@@ -23,6 +23,7 @@ from ganomaly_plugin.stacking import why_not_compiled
 from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
 from ganomaly_plugin.training.captured import record_on
+from ganomaly_plugin.training.stack import How
 from ganomaly_plugin.training.together import Member, fit_together
 
 _LOOK_AGAIN = 1.0  # seconds between looks at jobs that another sweep is at
@@ -36,6 +37,7 @@ class Settings:
     data_root: str | None = None
     status: str | None = None  # folder where running jobs tell how far they are; None: nobody watches
     compiled: bool = False  # call networks in training through torch.compile, where the method allows it
+    how: How | None = None  # how the models of a stack advance; None: as the device likes it best
     cuda_graphs: bool = True  # let stacks on a GPU replay their steps as CUDA graphs
 
 
@@ -112,7 +114,7 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
         steps, epochs = first.job.steps, first.job.epochs
         members, images = [member for _, member in cells], check_images(first.dataset.images)
         record = record_on(device) if settings.cuda_graphs else None
-        fit_together(members, images, epochs=epochs, steps=steps, device=device, record=record)
+        fit_together(members, images, epochs=epochs, steps=steps, device=device, how=settings.how, record=record)
         oracles = sum(cell.oracle.seconds for cell, _ in cells if cell.oracle)
         seconds = (time.perf_counter() - began - oracles) / len(cells)  # each job's share
         for cell, member in cells:

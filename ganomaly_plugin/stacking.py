@@ -6,17 +6,17 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from ganomaly_plugin.core import Chunk, Job, canonical_json
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.stack import HOWS, How
 from ganomaly_plugin.training.stacked import why_not_stackable
 
-Trainer: TypeAlias = Literal["auto", "plain", "compiled", "stacked"]
-TRAINERS: tuple[Trainer, ...] = ("auto", "plain", "compiled", "stacked")
+#: What `--trainer` may be: "stacked" as the device likes it best, or in a way that is named.
+TRAINERS = ("auto", "plain", "compiled", "stacked", *(f"stacked-{how}" for how in HOWS))
 MOST = 64  # models in a stack, unless the user says otherwise; what a device holds may be fewer
 
 
@@ -53,8 +53,8 @@ class Stacking:
 
     Attributes:
         trainer: "plain" (each model by itself), "compiled" (likewise, its networks compiled wherever the method allows it),
-            "stacked" (together wherever the method allows it), or "auto": stacked on a GPU, plain on a CPU, where it does
-            not pay.
+            "stacked" (together wherever the method allows it; "stacked-grouped" and so on say how), or "auto": stacked on a
+            GPU, plain on a CPU, where it does not pay.
         on_gpu: Whether the jobs run on one.
         most: Models in a stack at most; None: `MOST`.
         workers: How many chunks run at the same time; each gets its share.
@@ -74,7 +74,13 @@ class Stacking:
     @property
     def stacks(self) -> bool:
         """Whether anything is put together at all."""
-        return self.trainer == "stacked" or (self.trainer == "auto" and self.on_gpu)
+        return self.trainer.startswith("stacked") or (self.trainer == "auto" and self.on_gpu)
+
+    @property
+    def how(self) -> How | None:
+        """How the models of a stack advance; None leaves it to the device."""
+        ways = {f"stacked-{way}": way for way in HOWS}
+        return ways.get(self.trainer)
 
     def chunks(self, jobs: list[Job]) -> Iterator[Chunk]:
         """Every job in exactly one chunk: stacks where jobs go together, single jobs otherwise, in the order of the jobs."""
@@ -88,7 +94,7 @@ class Stacking:
 
     def remarks(self, jobs: Iterable[Job]) -> list[str]:
         """One line for each detector that stacking or compiling was asked for, but that gets the plain trainer."""
-        why = {"stacked": why_alone, "compiled": why_not_compiled}.get(self.trainer)
+        why = {"stacked": why_alone, "compiled": why_not_compiled}.get(self.trainer.partition("-")[0])
         if why is None:
             return []
         reasons = {job.label or job.detector: why(job) for job in jobs}

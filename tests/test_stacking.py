@@ -57,6 +57,7 @@ def test_what_cannot_be_stacked_is_told() -> None:
     assert Stacking("stacked").remarks([job("ae"), job("f_anogan")]) == [
         "f_anogan is trained by the plain trainer: it trains in 2 stages"
     ]
+    assert Stacking("stacked-matmul").stacks and Stacking("stacked-matmul").how == "matmul" and Stacking("stacked").how is None
     with pytest.raises(InvalidInput, match="Did you mean 'stacked'"):
         Stacking("staked")
     with pytest.raises(InvalidInput, match="at least 1 model"):
@@ -68,6 +69,9 @@ def test_a_stacked_sweep_has_the_records_of_a_plain_one(bench, tmp_path: Path) -
     code, _, said = bench("run", *words, "--trainer", "stacked", "--out", tmp_path / "stacked")
     assert code == 0 and "pca is trained by the plain trainer: it is not made of a recipe" in said
     assert bench("run", *words, "--trainer", "plain", "--out", tmp_path / "plain")[0] == 0
+    assert bench("run", *words, "--trainer", "stacked-grouped", "--out", tmp_path / "mapped")[0] == 0
+    mapped = [r for r in Store(tmp_path / "mapped").records() if r.job.detector == "ganomaly"]
+    assert all(r.notes["describe"]["stacked_by"] == "grouped" and r.notes["describe"]["stacked_models"] == 4 for r in mapped)
     assert compare(tmp_path / "stacked", tmp_path / "plain").same
     for name, trainer in (("stacked", "stacked"), ("plain", "plain")):
         records = [r for r in Store(tmp_path / name).records() if r.job.detector == "ganomaly"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from torch import Tensor
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.captured import Record
-from ganomaly_plugin.training.convolutions import Convolutions
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.stacked import StackedTrainer, check_stackable
 from ganomaly_plugin.training.streams import OnStreams
 
 #: How the models of a stack advance: mapped, with convolutions "grouped" or as "matmul"; or each by itself, on "streams" of a
 #: GPU that run at the same time, or in "turns", one after another.
-How: TypeAlias = Convolutions | Literal["streams", "turns"]
+How: TypeAlias = Literal["grouped", "matmul", "streams", "turns"]
+HOWS: tuple[How, ...] = get_args(How)
 
 
 class Stack(Protocol):
@@ -53,6 +53,11 @@ class Stack(Protocol):
         ...
 
 
+def default_how(device: torch.device) -> How:
+    """In turns on a CPU, where that is faster; elsewhere mapped, with grouped convolutions."""
+    return "turns" if device.type == "cpu" else "grouped"
+
+
 def make_stack(
     recipe: Recipe,
     models: Sequence[Networks],
@@ -62,12 +67,12 @@ def make_stack(
     how: How | None = None,
     record: Record | None = None,
 ) -> Stack:
-    """A stack of `models`; by default with grouped convolutions on a GPU, and in turns on a CPU, where that is faster.
+    """A stack of `models`.
 
-    `how` says how they advance, `record` how a step is recorded, to be replayed from then on (in turns nothing is); the rest is
-    as in `StackedTrainer`.
+    `how` says how they advance, None as `default_how` has it; `record` how a step is recorded, to be replayed from then on (in
+    turns nothing is); the rest is as in `StackedTrainer`.
     """
-    how = how or ("turns" if device.type == "cpu" else "grouped")
+    how = how or default_how(device)
     if how == "turns":
         return InTurns(recipe, models, seeds=seeds, device=device)
     if how == "streams":

@@ -17,7 +17,7 @@ from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.memory import models_that_fit
 from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
-from ganomaly_plugin.training.stack import How, Stack, make_stack
+from ganomaly_plugin.training.stack import How, Stack, default_how, make_stack
 
 
 @dataclass
@@ -133,7 +133,7 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | 
     recipe = courses[0].fitting.recipe
     stage = recipe.stages[0]
     models = [course.fitting.build() for course in courses]
-    seeds = [course.member.seed for course in courses]
+    seeds, how = [course.member.seed for course in courses], how or default_how(device)
     stack: Stack = make_stack(recipe, models, seeds=seeds, device=device, how=how, record=record)
     size = len(courses)
     while courses:
@@ -151,7 +151,8 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | 
             try:
                 course.end_epoch(stack.scoring_networks(k), stack.steps, list(losses), stage)
                 if course.is_over:
-                    course.fitting.finish("stacked", stacked_models=size, **({"replayed": True} if stack.is_recorded else {}))
+                    way = {"stacked_by": how, "stacked_models": size} | ({"replayed": True} if stack.is_recorded else {})
+                    course.fitting.finish("stacked", **way)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # it diverged, or its scores are not finite: its own affair

@@ -33,7 +33,7 @@ done
 $bench speed --models ganomaly,ae,vae,skip_ganomaly,egbad,anogan --peers none --measure scoring --device "$device" $size \
     --out "$out/scoring.csv" || true
 began=$(date +%s)
-for trainer in stacked plain; do
+for trainer in stacked-grouped stacked-matmul stacked-streams plain; do
     $bench run --models ganomaly --datasets mnist --seeds 0-2 --image_size 32 $sweep --data_root "$data" --device "$device" \
         --trainer "$trainer" --out "$out/mnist_$trainer" || true
     now=$(date +%s)
@@ -41,7 +41,11 @@ for trainer in stacked plain; do
     began=$now
 done
 for precision in tf32 bf16; do
-    $bench run --models "ganomaly[precision=$precision]" --datasets mnist --seeds 0-2 --image_size 32 $sweep \
-        --data_root "$data" --device "$device" --trainer stacked --out "$out/mnist_$precision" || true
+    for trainer in stacked-grouped stacked-matmul stacked-streams; do
+        began=$(date +%s)
+        $bench run --models "ganomaly[precision=$precision]" --datasets mnist --seeds 0-2 --image_size 32 $sweep \
+            --data_root "$data" --device "$device" --trainer "$trainer" --out "$out/mnist_${precision}_$trainer" || true
+        echo "mnist, ganomaly, three seeds, $precision, $trainer: $(($(date +%s) - began)) s" | tee -a "$out/sweeps.txt"
+    done
 done
 cat "$out"/*.csv "$out/sweeps.txt"
