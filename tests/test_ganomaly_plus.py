@@ -9,7 +9,7 @@ from conftest import blobs
 
 from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.detectors.ganomaly_plus import DEFAULT_PARTS, PARTS, GanomalyPlusRecipe, levelled
-from ganomaly_plugin.detectors.normal_models import STATISTICS, Components, NormalVectors
+from ganomaly_plugin.detectors.normal_models import STATISTICS, Components, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc
 from ganomaly_plugin.registry import load_detector, make_detector
@@ -60,20 +60,55 @@ def test_half_of_the_vectors_is_the_most_components():
     assert int(model.components.axes.any(1).sum()) == 5
 
 
-def test_the_score_is_the_root_mean_square_of_its_standardised_parts(tmp_path):
+def test_the_peak_is_the_window_that_is_furthest_outside():
+    x = torch.tensor(np.random.default_rng(0).normal(size=(40, 2 * 8 * 8))).float()
+    model = NormalVectors(128, 3, image=(2, 8, 8))
+    model.fit(x)
+    strange = x[:3].clone().view(3, 2, 8, 8)
+    strange[:, :, 4:6, 2:4] += 5
+    strange = strange.flatten(1)
+    outside = model.components.residual(strange).square().view(3, 2, 8, 8).mean(1)
+    windows = torch.stack([outside[:, r : r + 2, c : c + 2].mean((1, 2)) for r in range(7) for c in range(7)], 1)
+    assert torch.allclose(model(strange)["peak"].exp() - model.floor, windows.amax(1), atol=1e-3)
+    assert (windows.argmax(1) == 4 * 7 + 2).all()
+
+
+def test_whitened_scores_are_uncorrelated_in_each_subset_and_still_themselves():
+    rng = torch.Generator().manual_seed(0)
+    common = torch.randn(2000, 1, generator=rng)
+    values = torch.cat([common + 0.5 * torch.randn(2000, 3, generator=rng), torch.randn(2000, 1, generator=rng)], 1)
+    whitening = Whitening([(0, 1, 3), (2,)], 4)
+    assert torch.equal(whitening(values, 0), values * torch.tensor([1.0, 1, 0, 1]))  # before it learns
+    whitening.fit(values)
+    white = whitening(values, 0)
+    assert not white[:, 2].any()
+    within = torch.cov(white[:, [0, 1, 3]].T)
+    assert torch.allclose(within, torch.eye(3), atol=0.35) and abs(within[0, 1]) < 0.25 < torch.corrcoef(values.T)[0, 1]
+    assert torch.corrcoef(torch.stack([white[:, 0], values[:, 0]]))[0, 1] > 0.8
+    assert torch.allclose(whitening(values, 1)[:, 2], values[:, 2] / (1.1 * values[:, 2].var()).sqrt(), rtol=1e-2)
+    whitening.fit(torch.ones(5, 4))
+    assert torch.equal(whitening(values, 1)[:, 2], values[:, 2])  # equal scores teach nothing
+
+
+def test_the_score_is_the_root_mean_square_of_its_whitened_parts(tmp_path):
     detector = make_detector("ganomaly_plus", **SMALL).fit(blobs(200), steps=20, device="cpu")
     assert detector.describe()["calibrated_on"] == "held-out images"
     assert detector.describe()["images_seen"] == 160
     test = np.concatenate([blobs(20, seed=1), -blobs(20, seed=2)])
     named = detector.named_scores(test)
-    scale = detector.networks_["calibration"].scale
-    mean, deviation = (dict(zip(PARTS, values.tolist())) for values in (scale.mean, scale.deviation))  # noqa: B905 - PLAIN follows
+    model = detector.networks_["calibration"]
+    mean, deviation = (dict(zip(PARTS, values.tolist())) for values in (model.scale.mean, model.scale.deviation))  # noqa: B905 - PLAIN follows
     parts = np.stack([(named[part] - mean[part]) / deviation[part] for part in DEFAULT_PARTS], 1)
-    np.testing.assert_allclose(
-        detector.score(test), np.sqrt((np.where(parts > 0, parts, -0.25 * parts) ** 2).mean(1)), rtol=1e-3
-    )
-    np.testing.assert_allclose(named["without_below"], np.sqrt((parts.clip(0) ** 2).mean(1)), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(named["mean_of_parts"], np.where(parts > 0, parts, -0.25 * parts).mean(1), rtol=1e-3)
+    places = [PARTS.index(part) for part in DEFAULT_PARTS]
+    white = parts @ model.whitening.matrices[0].numpy()[np.ix_(places, places)]
+
+    def folded(values):
+        return np.where(values > 0, values, -0.25 * values)
+
+    np.testing.assert_allclose(detector.score(test), np.sqrt((folded(white) ** 2).mean(1)), rtol=1e-3)
+    np.testing.assert_allclose(named["without_below"], np.sqrt((white.clip(0) ** 2).mean(1)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(named["mean_of_parts"], folded(white).mean(1), rtol=1e-3)
+    np.testing.assert_allclose(named["without_whitening"], np.sqrt((folded(parts) ** 2).mean(1)), rtol=1e-3)
     np.testing.assert_array_equal(detector.score(test), named["combined"])
     assert auroc(np.arange(40) >= 20, detector.score(test)) > 0.95
     detector.save(tmp_path / "d.pt")
@@ -95,7 +130,9 @@ def test_images_simpler_than_normal_ones_are_anomalous_too():
     }
     test = np.concatenate([rng.normal(0, 0.3, (20, 1, 16, 16)).clip(-1, 1), np.full((20, 1, 16, 16), 0.01)]).astype(np.float32)
     assert auroc(np.arange(40) >= 20, fit[0.5].score(test)) > 0.95
-    assert auroc(np.arange(40) >= 20, fit[0.0].score(test)) < 0.1
+    alone = {below: detector.named_scores(test)["without_whitening"] for below, detector in fit.items()}
+    assert auroc(np.arange(40) >= 20, alone[0.5]) > 0.95
+    assert auroc(np.arange(40) >= 20, alone[0.0]) < 0.1
 
 
 def test_without_held_out_images_each_fold_is_scored_by_models_of_the_others():

@@ -5,9 +5,10 @@ narrower; what is new happens after training, on normal images alone:
 
 - Five views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, the residual x - x̂,
   the feature difference f(x) - f(x̂) in D, and the latent (z, z - ẑ). Of each, `NormalVectors` learns what it is like on
-  training images; how far outside the principal components an image lies, and how far from its nearest neighbours, are
-  the parts of the score.
-- Each part is standardised, on the scale of logarithms, on held-out normal images. The score is the root mean square of the
+  training images; how far outside the principal components an image lies, on the whole and where it is furthest, and how
+  far from its nearest neighbours, are the parts of the score.
+- Each part is standardised, on the scale of logarithms, on held-out normal images, and then whitened: of what several parts
+  say alike, each keeps a share, and what one says against the others stands out. The score is the root mean square of the
   parts. One that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is
   reconstructed better than a normal one, and is none.
 """
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
-from ganomaly_plugin.detectors.normal_models import STATISTICS, NormalVectors
+from ganomaly_plugin.detectors.normal_models import PEAK, STATISTICS, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 
 VIEWS = ("image", "levelled", "latent", "residual", "feature")
-PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in STATISTICS)
+IMAGES = ("image", "levelled", "residual")  # the views that are images
+PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in (*STATISTICS, *[PEAK] * (view in IMAGES)))
 #: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
 PLAIN = ("paper_latent", "plain_residual", "plain_feature")
 #: The parts that the score is made of.
@@ -35,13 +37,16 @@ DEFAULT_PARTS = (
     "image_outside",
     "image_nearest",
     "levelled_nearest",
+    "levelled_peak",
     "latent_nearest",
     "residual_outside",
     "residual_nearest",
     "feature_outside",
     "feature_nearest",
 )
-FOLDS = 5  # of the training images, where there are none held out to standardise on
+#: What may be left out of the score, or put in, to see what it is worth.
+LEFT_OUT = (*VIEWS, "outside", "nearest", PEAK)
+FOLDS = 5  # of the training images: the parts of each are taken with models of the others
 
 
 def levelled(images: Tensor) -> Tensor:
@@ -51,17 +56,28 @@ def levelled(images: Tensor) -> Tensor:
 
 
 class NormalModel(nn.Module):
-    """What calibration learns of normal images: what each view is like, and the scale of each part."""
+    """What calibration learns of normal images: what each view is like, the scale of each part, and how parts go together.
 
-    def __init__(self, sizes: dict[str, int], components: int) -> None:
+    Args:
+        sizes: Length of each view's vectors.
+        components: Principal components of each view, at most.
+        chw: Shape of an image.
+        means: Name of each mean that is taken, and which of PARTS it is of.
+    """
+
+    def __init__(
+        self, sizes: dict[str, int], components: int, chw: tuple[int, int, int], means: dict[str, tuple[str, ...]]
+    ) -> None:
         super().__init__()
-        self.views = nn.ModuleDict({view: NormalVectors(size, components) for view, size in sizes.items()})
+        shapes = dict.fromkeys(IMAGES, chw)
+        self.views = nn.ModuleDict({view: NormalVectors(size, components, shapes.get(view)) for view, size in sizes.items()})
         self.scale = Standardiser(len(PARTS + PLAIN))
+        self.whitening = Whitening([[PARTS.index(part) for part in parts] for parts in means.values()], len(PARTS))
 
     def forward(self, vectors: dict[str, Tensor]) -> Tensor:
         """The logarithms of PARTS, `(n, parts)`, of the views' vectors `(n, size)`."""
         found = {view: self.views[view](vectors[view]) for view in VIEWS}
-        return torch.stack([found[view][statistic] for view in VIEWS for statistic in STATISTICS], 1)
+        return torch.stack([found[view][statistic] for view, _, statistic in (part.partition("_") for part in PARTS)], 1)
 
 
 @dataclass(frozen=True)
@@ -71,9 +87,10 @@ class GanomalyPlusRecipe(GanomalyRecipe):
     Args:
         features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial, redraw_below: As GANomaly's.
         score_by: "combined" (the root mean square of `parts`), or another of `score_names`: a part alone, all without one
-            view ("without_image"), one statistic ("without_nearest") or parts that are lower than normal ("without_below"),
-            all with the third statistic too ("with_inside"), "mean_of_parts", "paper_latent" (GANomaly's own score), or
-            "plain" (the mean of the standardised latent, residual and feature differences).
+            view ("without_image"), one statistic ("without_nearest"), parts that are lower than normal ("without_below") or
+            the whitening ("without_whitening"), all with another statistic too ("with_inside"), "mean_of_parts",
+            "paper_latent" (GANomaly's own score), or "plain" (the mean of the standardised latent, residual and feature
+            differences).
         parts: What the score is made of, each "<view>_<statistic>".
         components: Principal components of each view, at most.
         below: Weight of a part that is lower than on normal images; 0 ignores it, 1 counts it like one that is higher.
@@ -100,8 +117,9 @@ class GanomalyPlusRecipe(GanomalyRecipe):
     score_names: ClassVar[tuple[str, ...]] = (
         *PARTS,
         *PLAIN,
-        *(f"without_{left_out}" for left_out in VIEWS + STATISTICS[:2]),
+        *(f"without_{left_out}" for left_out in LEFT_OUT),
         "without_below",
+        "without_whitening",
         "with_inside",
         "mean_of_parts",
         "plain",
@@ -144,7 +162,15 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             normalise_spectrally(networks["discriminator"])
         pixels = channels * side * side
         sizes = dict.fromkeys(VIEWS, pixels) | {"latent": 2 * self.latent_dim, "feature": features}
-        return networks | {"calibration": NormalModel(sizes, self.components)}
+        return networks | {"calibration": NormalModel(sizes, self.components, chw, self._means)}
+
+    @property
+    def _means(self) -> dict[str, tuple[str, ...]]:
+        """The parts of each mean that is whitened by itself: of the score, and with some left out or put in."""
+        means = {"combined": self.parts}
+        for name in LEFT_OUT:
+            means[f"without_{name}"] = tuple(part for part in self.parts if name not in part.split("_")) or self.parts
+        return means | {"with_inside": tuple(dict.fromkeys((*self.parts, *(f"{view}_inside" for view in VIEWS))))}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -210,23 +236,24 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         """Each part, with and without its model of normal images, and means of them, `(n,)` each."""
         model: Any = networks["calibration"]
         found = self._parts(model, self._views(networks, images))
-        scaled = dict(zip(PARTS + PLAIN, model.scale(found).unbind(1), strict=True))
+        scaled = model.scale(found)
+        means = self._means
 
-        def size(parts: tuple[str, ...], *, below: float = self.below, power: float = 2.0) -> Tensor:
-            values = torch.stack([scaled[part] for part in parts], 1)
-            return torch.where(values > 0, values, -below * values).pow(power).mean(1).pow(1 / power)
+        def whitened(name: str) -> Tensor:
+            return model.whitening(scaled[:, : len(PARTS)], list(means).index(name))
 
-        def without(name: str) -> Tensor:
-            return size(tuple(part for part in self.parts if name not in part.split("_")) or self.parts)
+        def size(values: Tensor, name: str = "combined", *, below: float = self.below, power: float = 2.0) -> Tensor:
+            powers = torch.where(values > 0, values, -below * values).pow(power)  # parts that are not of the mean are 0
+            return (powers.sum(1) / len(means[name])).pow(1 / power)
 
+        alone = scaled[:, [PARTS.index(part) for part in self.parts]]
         return {
             **dict(zip(PARTS + PLAIN, found.unbind(1), strict=True)),
-            **{f"without_{name}": without(name) for name in VIEWS + STATISTICS[:2]},
-            "without_below": size(self.parts, below=0),
-            "with_inside": size(self.parts + tuple(part for part in PARTS if part.endswith("_inside"))),
-            "mean_of_parts": size(self.parts, power=1),
-            "plain": torch.stack([scaled[part] for part in PLAIN], 1).mean(1),
-            "combined": size(self.parts),
+            **{name: size(whitened(name), name) for name in means},
+            "without_below": size(whitened("combined"), below=0),
+            "without_whitening": size(alone),
+            "mean_of_parts": size(whitened("combined"), power=1),
+            "plain": scaled[:, len(PARTS) :].mean(1),
         }
 
     def score(self, networks: Networks, images: Tensor) -> Tensor:
@@ -234,24 +261,23 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         return self.scores(networks, images)[self.score_by]
 
     def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:
-        """Fit each view's model to training images, and the scale of the parts to held-out ones.
+        """Fit each view's model to training images, the scale of the parts to held-out ones, and the whitening.
 
-        Where none could be held out, each fifth of the training images is scored with models of the other four.
+        How the parts go together takes more images than are held out: it is learned on the training images, each fifth
+        of them scored with models of the other four. Where none could be held out the scale is learned there too.
         """
         model: Any = networks["calibration"]
         vectors = self._all_views(networks, train)
         n = len(vectors["image"])
-        if held_out is train and n > 1:
-            found = []
-            for fold in range(min(FOLDS, n)):
-                left_out = torch.arange(n, device=vectors["image"].device) % min(FOLDS, n) == fold
-                self._fit(model, {view: vector[~left_out] for view, vector in vectors.items()})
-                found.append(self._parts(model, {view: vector[left_out] for view, vector in vectors.items()}))
-            self._fit(model, vectors)
-        else:
-            self._fit(model, vectors)
-            found = [self._parts(model, self._all_views(networks, held_out))]
-        model.scale.fit(torch.cat(found))
+        crossed = []
+        for fold in range(min(FOLDS, n) if n > 1 else 0):
+            left_out = torch.arange(n, device=vectors["image"].device) % min(FOLDS, n) == fold
+            self._fit(model, {view: vector[~left_out] for view, vector in vectors.items()})
+            crossed.append(self._parts(model, {view: vector[left_out] for view, vector in vectors.items()}))
+        self._fit(model, vectors)
+        own = crossed if held_out is train and crossed else [self._parts(model, self._all_views(networks, held_out))]
+        model.scale.fit(torch.cat(own))
+        model.whitening.fit(model.scale(torch.cat(crossed or own))[:, : len(PARTS)])
 
     def _all_views(self, networks: Networks, chunks: list[Tensor]) -> dict[str, Tensor]:
         views = [self._views(networks, x) for x in chunks]

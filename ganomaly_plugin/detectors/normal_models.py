@@ -1,9 +1,11 @@
-"""Models of normal vectors, fitted after training: principal components, a memory of neighbours, and a scale of scores.
+"""Models of normal vectors, fitted after training: principal components, a memory of neighbours, and a whitening of scores.
 
 They are `nn.Module`s whose buffers have fixed sizes, so that a detector saves, loads and exports them as it does its weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 from ganomaly_plugin.training.validation import CALIBRATION_LIMIT
 
 STATISTICS = ("outside", "nearest", "inside")
+PEAK = "peak"  # a fourth one, of vectors that are images
 NEIGHBOURS = 3
 _SHRINK = 0.1  # of the mean variance, added to each variance before whitening divides by it
+_WINDOW = 4  # windows side by side along an image's side; they overlap by half
 _RANK = 1e-6  # components with a smaller share of the largest variance are rounding
+_FLAT = 1e-6  # variance of standardised scores under which they are equal
 _FLOOR = 1e-4  # of a vector's variance; smaller scores are as good as 0, and have no logarithm
 
 
@@ -61,19 +66,22 @@ class Components(nn.Module):
 
 
 class NormalVectors(nn.Module):
-    """What normal vectors of one kind are like, in three statistics that higher is stranger in.
+    """What normal vectors of one kind are like, in three or four statistics that higher is stranger in.
 
     - outside: mean square of what lies outside the principal components (process monitoring's Q, or SPE).
     - nearest: root mean square distance from the NEIGHBOURS nearest known vectors, within the components.
     - inside: mean square of the whitened coordinates within the components (Hotelling's T², shrunk).
+    - peak, of images only: the largest such mean square as `outside` is, of windows a quarter of the image's side wide.
 
     Args:
         size: Length of a vector.
         count: Principal components at most; also at most half of `size`, and in `fit` half of the vectors.
+        image: `(c, s, s)` where a vector is an image of that shape.
     """
 
-    def __init__(self, size: int, count: int) -> None:
+    def __init__(self, size: int, count: int, image: tuple[int, int, int] | None = None) -> None:
         super().__init__()
+        self.image = image
         self.components = Components(size, count)
         self.register_buffer("bank", torch.zeros(CALIBRATION_LIMIT, len(self.components.axes)))
         self.register_buffer("count", torch.tensor(1))
@@ -92,7 +100,7 @@ class NormalVectors(nn.Module):
         self.floor.copy_((_FLOOR * vectors.var(0, correction=0).mean()).clamp(min=1e-10))
 
     def forward(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Logarithm `(n,)` of each of STATISTICS: on that scale those of normal vectors are about Gaussian."""
+        """Logarithm `(n,)` of each statistic: on that scale those of normal vectors are about Gaussian."""
         known = self.bank[: int(self.count)]
         here = self.components.coordinates(vectors)
         squared = here.square().sum(1, keepdim=True) + known.square().sum(1) - 2 * here @ known.T
@@ -104,4 +112,48 @@ class NormalVectors(nn.Module):
             "nearest": nearest.mean(1) / vectors.shape[1],
             "inside": whitened.square().mean(1) * self.components.variance.sum() / vectors.shape[1],
         }
-        return {name: (found[name] + self.floor).log() for name in STATISTICS}
+        if self.image is not None:
+            window = max(2, self.image[-1] // _WINDOW)
+            local = nn.functional.avg_pool2d(outside.view(-1, *self.image).square(), window, window // 2)
+            found[PEAK] = local.mean(1).amax((1, 2))
+        return {name: (value + self.floor).log() for name, value in found.items()}
+
+
+class Whitening(nn.Module):
+    """Makes standardised scores uncorrelated, and their variances 1: of each of several subsets of them by itself.
+
+    The matrix of a subset is the symmetric root of its inverse covariance (ZCA), the one that changes each score least:
+    what comes out is still that score, less what the others of the subset say too.
+
+    Args:
+        subsets: Places of each subset's scores among all.
+        size: How many scores there are.
+    """
+
+    def __init__(self, subsets: Sequence[Sequence[int]], size: int) -> None:
+        super().__init__()
+        self.subsets = [list(subset) for subset in subsets]
+        matrices = torch.zeros(len(self.subsets), size, size)
+        for matrix, subset in zip(matrices, self.subsets, strict=True):
+            matrix[subset, subset] = 1.0
+        self.register_buffer("matrices", matrices)
+
+    matrices: Tensor
+
+    def fit(self, values: Tensor) -> None:
+        """Learn from the standardised scores `values` `(n, size)` of normal images; nothing of equal ones."""
+        centred = (values - values.mean(0)).double()
+        covariance = centred.T @ centred / len(values)
+        for matrix, subset in zip(self.matrices, self.subsets, strict=True):
+            places = torch.tensor(subset, device=matrix.device)
+            own = covariance[places[:, None], places]
+            variance, one = own.diagonal().mean(), torch.eye(len(own), dtype=own.dtype, device=own.device)
+            root = one
+            if variance > _FLAT:
+                axes = torch.linalg.eigh(own + _SHRINK * variance * one)
+                root = axes.eigenvectors / axes.eigenvalues.sqrt() @ axes.eigenvectors.T
+            matrix[places[:, None], places] = root.to(matrix)
+
+    def forward(self, values: Tensor, k: int) -> Tensor:
+        """Whitened `values` `(n, size)`, of the k-th subset; the others are 0."""
+        return values @ self.matrices[k]
