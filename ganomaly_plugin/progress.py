@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -55,12 +56,12 @@ def following(plan: Plan, folder: Path | None) -> Iterator[Follower]:
         yield shown
 
 
-class Follower:
+class Follower(ABC):
     """Is told of each record as it comes."""
 
+    @abstractmethod
     def add(self, record: RunRecord) -> None:
         """Show `record`."""
-        raise NotImplementedError
 
     def follow(self, records: Iterable[RunRecord]) -> Iterator[RunRecord]:
         """Yield `records`, each shown before."""
