@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.training.cpu_convolutions import pair
+from ganomaly_plugin.training.cpu_convolutions import pair, transposed_size
 
 Convolutions = Literal["grouped", "matmul"]
 
@@ -45,8 +45,7 @@ def _conv2d(
 ) -> Tensor:
     _check(groups, dilation)
     n, _, height, width = x.shape
-    out, _, *sides = weight.shape
-    kernel = (sides[0], sides[1])
+    out, kernel = len(weight), (weight.shape[2], weight.shape[3])
     (sy, sx), (py, px) = pair(stride), pair(padding)
     patches = functional.unfold(x, kernel, padding=(py, px), stride=(sy, sx))  # (n, c·k·k, h'·w')
     y = (weight.flatten(1) @ patches).view(
@@ -66,13 +65,10 @@ def _conv_transpose2d(
     dilation: Any = 1,
 ) -> Tensor:
     _check(groups, dilation)
-    _, _, height, width = x.shape
-    _, _, *sides = weight.shape
-    kernel = (sides[0], sides[1])
-    (sy, sx), (py, px), (oy, ox) = pair(stride), pair(padding), pair(output_padding)
-    size = ((height - 1) * sy - 2 * py + kernel[0] + oy, (width - 1) * sx - 2 * px + kernel[1] + ox)
+    kernel, stride, padding = (weight.shape[2], weight.shape[3]), pair(stride), pair(padding)
+    size = transposed_size(x, kernel, stride, padding, pair(output_padding))
     patches = weight.flatten(1).T @ x.flatten(2)  # (n, o·k·k, h·w)
-    y = functional.fold(patches, size, kernel, padding=(py, px), stride=(sy, sx))
+    y = functional.fold(patches, size, kernel, padding=padding, stride=stride)
     return y if bias is None else y + bias[:, None, None]
 
 

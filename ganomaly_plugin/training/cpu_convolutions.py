@@ -96,7 +96,7 @@ def _conv_transpose2d(
     elif channels == 1:
         patches = x.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1)  # (b·h·w, k·k)
         patches = patches.view(len(x), -1, weight[0].numel()).transpose(1, 2)
-        size = tuple((x.shape[2 + k] - 1) * stride[k] - 2 * padding[k] + kernel[k] + more[k] for k in (0, 1))
+        size = transposed_size(x, kernel, stride, padding, more)
         y = functional.fold(patches, size, kernel, padding=padding, stride=stride)
     else:
         return None
@@ -113,6 +113,14 @@ def _plain_float(x: Tensor, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether it is a float32 batch without anything unusual; autocast has its own fast kernels."""
     usual = x.ndim == 4 and groups == 1 and pair(dilation) == (1, 1) and not isinstance(padding, str)
     return usual and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+def transposed_size(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], more: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width of a transposed convolution of `x` `(n, c, h, w)`; `more` is what torch calls output padding."""
+    height, width = ((x.shape[2 + k] - 1) * stride[k] - 2 * padding[k] + kernel[k] + more[k] for k in (0, 1))
+    return height, width
 
 
 def pair(value: Any) -> tuple[int, int]:
