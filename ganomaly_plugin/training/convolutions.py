@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,14 +45,9 @@ def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     _check(groups, dilation)
-    n, _, height, width = x.shape
-    out, kernel = len(weight), (weight.shape[2], weight.shape[3])
-    (sy, sx), (py, px) = pair(stride), pair(padding)
-    patches = functional.unfold(x, kernel, padding=(py, px), stride=(sy, sx))  # (n, c·k·k, h'·w')
-    y = (weight.flatten(1) @ patches).view(
-        n, out, (height + 2 * py - kernel[0]) // sy + 1, (width + 2 * px - kernel[1]) // sx + 1
-    )
-    return y if bias is None else y + bias[:, None, None]
+    geometry = _Geometry((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), pair(stride), pair(padding))
+    y = functional.linear(_Patches.apply(x, geometry), weight.flatten(1), bias)  # (n·h'·w', out): one product a model
+    return y.view(len(x), *geometry.places, len(weight)).permute(0, 3, 1, 2)
 
 
 def _conv_transpose2d(
@@ -66,10 +62,69 @@ def _conv_transpose2d(
 ) -> Tensor:
     _check(groups, dilation)
     kernel, stride, padding = (weight.shape[2], weight.shape[3]), pair(stride), pair(padding)
-    size = transposed_size(x, kernel, stride, padding, pair(output_padding))
-    patches = weight.flatten(1).T @ x.flatten(2)  # (n, o·k·k, h·w)
-    y = functional.fold(patches, size, kernel, padding=padding, stride=stride)
+    geometry = _Geometry(transposed_size(x, kernel, stride, padding, pair(output_padding)), kernel, stride, padding)
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (n·h·w, c)
+    y = _Image.apply(rows @ weight.flatten(1), geometry)
     return y if bias is None else y + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Where a kernel is laid on images of height and width `size`."""
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """How many places there are, down and across."""
+        down, across = ((self.size[k] + 2 * self.padding[k] - self.kernel[k]) // self.stride[k] + 1 for k in (0, 1))
+        return down, across
+
+
+class _Patches(torch.autograd.Function):
+    """What the kernel covers at each of its places: `(n, c, h, w)` → `(n·h'·w', c·k·k)`.
+
+    (torch's `unfold` launches a kernel for each image on a GPU, and has the places last, where a product wants them first.)
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, geometry: _Geometry) -> Tensor:
+        (py, px), (sy, sx) = geometry.padding, geometry.stride
+        windows = functional.pad(x, (px, px, py, py)).unfold(2, geometry.kernel[0], sy).unfold(3, geometry.kernel[1], sx)
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)  # from (n, c, h', w', k, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Image.apply(gradients[0], ctx.geometry), None
+
+
+class _Image(torch.autograd.Function):
+    """The sum of patches where they overlap, which is `_Patches` transposed: `(n·h'·w', c·k·k)` → `(n, c, h, w)`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(patches: Tensor, geometry: _Geometry) -> Tensor:
+        down, across = geometry.places
+        columns = patches.view(-1, down * across, patches.shape[1]).transpose(1, 2)  # (n, c·k·k, h'·w')
+        return functional.fold(columns, geometry.size, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Patches.apply(gradients[0], ctx.geometry), None
 
 
 def _check(groups: int, dilation: Any) -> None:
