@@ -10,6 +10,7 @@ from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.errors import Diverged, InvalidInput
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.training.convolutions import convolutions_as
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.redraw import Spares
@@ -222,3 +223,13 @@ def test_recipes_that_cannot_be_stacked_say_why():
     assert "singular vectors" in str(why_not_stackable(spectral))
     with pytest.raises(InvalidInput, match="cannot be stacked"):
         make_stack(spectral, [spectral.build((1, 16, 16))], seeds=[0], device=CPU)
+
+
+def test_patches_are_gathered_in_the_precision_of_their_product():
+    x, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.conv2d(x, weight, stride=2, padding=1)
+        with convolutions_as("matmul"):
+            found = torch.conv2d(x, weight, stride=2, padding=1)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

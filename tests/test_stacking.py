@@ -123,4 +123,5 @@ def test_memory_of_a_model_grows_with_what_it_holds() -> None:
     deep = AutoencoderRecipe(features=4, batch_size=16)
     sizes = [bytes_of_model(recipe, (1, 16, 16)) for recipe in (small, wide, deep)]
     assert sizes[0] < sizes[1] and sizes[0] < sizes[2] < 2 * sizes[0]
+    assert sizes[0] < bytes_of_model(small, (1, 16, 16), "matmul") < 4 * sizes[0]  # which keeps patches, not images
     assert models_that_fit(small, (1, 16, 16), 10 * sizes[0]) == 8 and models_that_fit(small, (1, 16, 16), 1) == 1

@@ -45,6 +45,7 @@ def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     _check(groups, dilation)
+    x = _in_its_precision(x)
     geometry = _Geometry((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), pair(stride), pair(padding))
     y = functional.linear(_Patches.apply(x, geometry), weight.flatten(1), bias)  # (n·h'·w', out): one product a model
     return y.view(len(x), *geometry.places, len(weight)).permute(0, 3, 1, 2)
@@ -125,6 +126,12 @@ class _Image(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _Patches.apply(gradients[0], ctx.geometry), None
+
+
+def _in_its_precision(x: Tensor) -> Tensor:
+    """`x` as autocast will have it in a product: there are several times as many numbers in its patches."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _check(groups: int, dilation: Any) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ganomaly_plugin.recipe import Recipe
-from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.convolutions import Convolutions
+from ganomaly_plugin.training.plain import build_networks
+from ganomaly_plugin.training.stack import How
+from ganomaly_plugin.training.stacked import StackedTrainer
 
 _SHARE = 0.8  # of the free memory; the rest is for libraries, fragmentation and scoring
 
 
-def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int]) -> int:
-    """Bytes that one model takes in training: weights, gradients, moments, and what a step keeps for its gradients.
+def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int], how: How = "grouped") -> int:
+    """Bytes that one model of a stack takes in training: weights, gradients, moments, and what a step keeps for its gradients.
 
-    Measured by a step on the CPU, where autograd is asked for every tensor that it saves.
+    Measured by a step on the CPU in float32, where autograd is asked for every tensor that it saves.
     """
-    trainer = PlainTrainer(recipe, build_networks(recipe, chw, seed=0), seed=0, device=torch.device("cpu"))
+    recipe = replace(recipe, precision="float32")
+    models = [build_networks(recipe, chw, seed=0)]
+    convolutions: Convolutions = "matmul" if how == "matmul" else "grouped"
+    trainer = StackedTrainer(recipe, models, seeds=[0], device=torch.device("cpu"), convolutions=convolutions)
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -25,12 +33,12 @@ def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        trainer.step(torch.zeros(recipe.batch_size, *chw))
-    state = sum(t.nbytes for net in trainer.networks.values() for t in (*net.parameters(), *net.buffers()))
+        trainer.step(torch.zeros(1, recipe.batch_size, *chw))
+    state = sum(tensor.nbytes for tensor in (*trainer.weights.values(), *trainer.buffers.values()))
     copies = 4 + (recipe.ema_decay is not None)  # itself, gradient, two moments, average
     return copies * state + 2 * sum(saved.values())  # as much again for gradients of what was kept
 
 
-def models_that_fit(recipe: Recipe, chw: tuple[int, int, int], free: int) -> int:
+def models_that_fit(recipe: Recipe, chw: tuple[int, int, int], free: int, how: How = "grouped") -> int:
     """How many models `free` bytes hold at once, at least one."""
-    return max(1, int(_SHARE * free / bytes_of_model(recipe, chw)))
+    return max(1, int(_SHARE * free / bytes_of_model(recipe, chw, how)))

@@ -61,7 +61,7 @@ def fit_together(
             member.error = error
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
-    for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device)):
+    for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device, how)):
         try:
             _run(courses, resident(data, device), device, how, record)
         except torch.OutOfMemoryError as error:
@@ -119,12 +119,13 @@ class _Course:
         self.left, self.losses, self.epoch = self._rows(batches), [], self.epoch + 1
 
 
-def _packed(courses: list[_Course], data: Tensor, device: torch.device) -> list[list[_Course]]:
+def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How | None) -> list[list[_Course]]:
     """The courses in as few stacks as the device's memory allows, of about equal sizes. A CPU takes its models in turns."""
     if device.type == "cpu":
         return [courses]
     _, c, h, w = data.shape
-    fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), torch.cuda.mem_get_info(device)[0])
+    free = torch.cuda.mem_get_info(device)[0]
+    fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how or default_how(device))
     count = -(-len(courses) // fit)
     return [courses[k::count] for k in range(count)]
 
