@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Recipe, Stage
-from ganomaly_plugin.training.captured import Record, record_on
+from ganomaly_plugin.training.captured import WARM_UP, Record, record_on
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
 from ganomaly_plugin.training.stack import How, make_stack
 from ganomaly_plugin.training.stacked import check_stackable
@@ -90,10 +90,13 @@ def steps_in_cycle(stage: Stage) -> int:
 
 
 def captured(recipe: Recipe, stage: Stage, setting: Setting, how: How = "grouped", jobs: int | None = None) -> Prepared:
-    """`jobs` models, `setting.jobs` if not given, whose steps are replayed as a CUDA graph."""
+    """`jobs` models, `setting.jobs` if not given, whose steps are replayed as a CUDA graph, which the first steps make."""
     if setting.device.type != "cuda":
         raise InvalidInput(f"CUDA graphs need a GPU, and this is timed on {setting.device.type}. Leave captured trainers out.")
-    return stacked(recipe, stage, setting, how, record=record_on(setting.device), jobs=jobs)
+    prepared = stacked(recipe, stage, setting, how, record=record_on(setting.device), jobs=jobs)
+    for _ in range(WARM_UP + 1):
+        prepared.step()
+    return prepared
 
 
 def stacked(
