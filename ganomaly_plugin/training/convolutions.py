@@ -131,7 +131,8 @@ class _Image(torch.autograd.Function):
 def _in_its_precision(x: Tensor) -> Tensor:
     """`x` as autocast will have it in a product: there are several times as many numbers in its patches."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 def _check(groups: int, dilation: Any) -> None:
