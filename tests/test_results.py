@@ -49,7 +49,7 @@ def test_stats_say_what_they_can(tmp_path: Path, bench) -> None:
     store = fill(tmp_path / "out", made)
     code, out, err = bench("stats", store.folder)
     assert code == 0, err
-    assert "bootstrap over test images, stratified (n = 12)" in out and "Student's t over seeds (n = 2)" in out
+    assert "bootstrap over test images, stratified (12 jobs)" in out and "Student's t over seeds (2 seeds)" in out
     assert "a - b: -" in out and "p = 0.0312, Holm 0.0938" in out and "no test over data sets" in out
     code, out, _ = bench("stats", store.folder, "--baseline", "b", "--metric", "fpr95")
     assert code == 0 and "a - b: -" in out and "b - c" not in out and "[" not in out.split("Student")[0].split("95 %: [")[0]

@@ -181,7 +181,8 @@ def comparison_text(comparison: Comparison) -> str:
     lines = [f"{table.dataset}, {table.protocol}: {table.title}"]
     width = max((len(row.detector) for row in comparison.rows), default=0)
     for row in comparison.rows:
-        texts = [f"[{i.low:.3f}, {i.high:.3f}] {i.method} (n = {i.n})" for i in (row.images, row.seeds) if i is not None]
+        found = [(row.images, "jobs"), (row.seeds, "seeds")]
+        texts = [f"[{i.low:.3f}, {i.high:.3f}] {i.method} ({i.n} {what})" for i, what in found if i is not None]
         texts += ["one seed: no interval over seeds"] if row.seeds is None else []
         lines.append(f"  {row.detector.ljust(width)}  {row.mean:.3f}  95 %: " + "; ".join(texts))
     if comparison.pairs:
