@@ -1,4 +1,4 @@
-"""Convolutions of many models at once, under `torch.func.vmap`: two ways to carry them out.
+"""Convolutions of many models at once, under `torch.func.vmap`: two ways to carry them out, and their precision.
 
 "grouped" is what torch makes of a mapped convolution: one convolution with a group for each model. "matmul" unfolds the
 images into patches and multiplies matrices in a batch, a model each, which tensor cores take; it needs memory for the patches.
@@ -7,7 +7,7 @@ images into patches and multiplies matrices in a batch, a model each, which tens
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,37 +15,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.recipe import Precision
 from ganomaly_plugin.training.cpu_convolutions import pair, transposed_size
 
 Convolutions = Literal["grouped", "matmul"]
 
 
-@contextlib.contextmanager
-def convolutions_as(how: Convolutions) -> Iterator[None]:
-    """Within it, `conv2d` and `conv_transpose2d` are carried out as `how` says; the results are the same up to rounding."""
-    if how == "grouped":
-        yield
-    else:
-        with _AsMatmul():
-            yield
+def convolutions_as(how: Convolutions, precision: Precision = "float32") -> contextlib.AbstractContextManager[Any]:
+    """Within it, `conv2d` and `conv_transpose2d` are carried out as `how` says; the results are the same up to rounding.
+
+    With "bf16" they, and linear layers, take their factors in bfloat16 and answer in float32: `vmap` passes torch's autocast by.
+    """
+    if how == "grouped" and precision != "bf16":
+        return contextlib.nullcontext()
+    return _Products(_AS_MATMUL if how == "matmul" else {}, torch.bfloat16 if precision == "bf16" else None)
 
 
-class _AsMatmul(TorchFunctionMode):
+class _Products(TorchFunctionMode):
+    def __init__(self, forms: Mapping[Any, Callable[..., Tensor]], dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.forms, self.dtype = forms, dtype
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced: dict[Any, Callable[..., Tensor]] = {
-            torch.conv2d: _conv2d,
-            torch.conv_transpose2d: _conv_transpose2d,
-        }
-        return replaced.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        form = self.forms.get(func, func)
+        if self.dtype is None or func not in _PRODUCTS:
+            return form(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(self.dtype), (args, kwargs))
+        return form(*args, **kwargs).float()
 
 
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
     _check(groups, dilation)
-    x = _in_its_precision(x)
     geometry = _Geometry((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), pair(stride), pair(padding))
     y = functional.linear(_Patches.apply(x, geometry), weight.flatten(1), bias)  # (n·h'·w', out): one product a model
     return y.view(len(x), *geometry.places, len(weight)).permute(0, 3, 1, 2)
@@ -128,13 +134,10 @@ class _Image(torch.autograd.Function):
         return _Patches.apply(gradients[0], ctx.geometry), None
 
 
-def _in_its_precision(x: Tensor) -> Tensor:
-    """`x` as autocast will have it in a product: there are several times as many numbers in its patches."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if on else x
-
-
 def _check(groups: int, dilation: Any) -> None:
     if groups != 1 or pair(dilation) != (1, 1):
         raise InvalidInput("Grouped and dilated convolutions are not made matrix products. Stack with grouped convolutions.")
+
+
+_PRODUCTS = {torch.conv2d, torch.conv_transpose2d, functional.linear}
+_AS_MATMUL: Mapping[Any, Callable[..., Tensor]] = {torch.conv2d: _conv2d, torch.conv_transpose2d: _conv_transpose2d}

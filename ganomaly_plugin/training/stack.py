@@ -9,7 +9,6 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.plain import PlainTrainer
@@ -81,8 +80,6 @@ def make_stack(
         return InTurns(recipe, models, seeds=seeds, device=device)
     if how == "streams":
         return OnStreams(recipe, models, seeds=seeds, device=device, record=record)
-    if how == "matmul" and recipe.precision == "bf16" and device.type == "cpu":
-        raise InvalidInput("Convolutions as matrix products in bf16 are for GPUs: torch's BatchNorm on a CPU refuses them.")
     return StackedTrainer(recipe, models, seeds=seeds, device=device, convolutions=how, record=record)
 
 

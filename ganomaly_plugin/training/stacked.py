@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput, Tensors
+from ganomaly_plugin.recipe import Networks, Phase, Recipe, StepInput, Tensors
 from ganomaly_plugin.training.captured import Record, Replayed
 from ganomaly_plugin.training.convolutions import Convolutions, convolutions_as
 from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
-from ganomaly_plugin.training.precision import networks_in, precision
+from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.redraw import Spares
 
 
@@ -47,14 +47,12 @@ def check_stackable(recipe: Recipe) -> None:
 class _Networks(nn.Module):
     """A recipe's networks as one module, so that the weights of all of them can be exchanged at once."""
 
-    def __init__(self, networks: Networks, precision: Precision) -> None:
+    def __init__(self, networks: Networks) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(dict(networks))
-        self.precision = precision
 
     def forward(self, phase: Phase, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
-        networks = {str(name): network for name, network in self.networks.items()}
-        return phase.loss(networks_in(self.precision, networks), step)
+        return phase.loss({str(name): network for name, network in self.networks.items()}, step)
 
 
 class StackedTrainer:
@@ -85,11 +83,11 @@ class StackedTrainer:
         check_stackable(recipe)
         self.recipe, self.device, self.convolutions, self._record = recipe, device, convolutions, record
         self.phases = recipe.stages[0].phases
-        self._template = _Networks(copy.deepcopy(dict(models[0])), recipe.precision).to(device)
+        self._template = _Networks(copy.deepcopy(dict(models[0]))).to(device)
         trained = {name for phase in self.phases for name in phase.trains}
         for name, network in self._template.networks.items():
             network.train(name in trained)
-        wrapped = [_Networks(networks, recipe.precision) for networks in models]
+        wrapped = [_Networks(networks) for networks in models]
         self.weights = {
             name: torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device).requires_grad_()
             for name, _ in wrapped[0].named_parameters()
@@ -217,7 +215,7 @@ class StackedTrainer:
             return functional_call(self._template, (weights, buffers), (phase, step), strict=True)
 
         def all_(*arguments: Any) -> Any:
-            with convolutions_as(self.convolutions):
+            with convolutions_as(self.convolutions, self.recipe.precision):
                 if len(self) == 1:  # mapping over a single model would only cost
                     only = tree_map_only(Tensor, lambda tensor: tensor[0], arguments)
                     return tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), one(*only))
