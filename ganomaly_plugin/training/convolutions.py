@@ -27,7 +27,7 @@ Convolutions = Literal["grouped", "matmul"]
 def convolutions_as(how: Convolutions, precision: Precision = "float32") -> contextlib.AbstractContextManager[Any]:
     """Within it, `conv2d` and `conv_transpose2d` are carried out as `how` says; the results are the same up to rounding.
 
-    With "bf16" they, and linear layers, take their factors in bfloat16 and answer in float32: `vmap` passes torch's autocast by.
+    With "bf16" they, and linear layers, take their factors in bfloat16 and answer in float32: `vmap` passes autocast by.
     """
     if how == "grouped" and precision != "bf16":
         return contextlib.nullcontext()

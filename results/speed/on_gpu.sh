@@ -28,7 +28,6 @@ peers=$(python -c 'import anomalib' 2>/dev/null && echo authors,anomalib || echo
 if [ -n "${QUICK:-}" ]; then
     size="--features 2 --batch-size 4 --image-size 32 --images 16 --repeats 5"
     jobs="1 2"
-    precisions="float32 tf32" # bf16 products of matrices are for GPUs
     one=plain
     many=plain,stacked-grouped,stacked-matmul,stacked-streams
     job="--epochs 1 --train-fraction 0.01 --hparams features=2 --classes 0,1"
