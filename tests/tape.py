@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ganomaly_plugin.recipe import Tensors
 from ganomaly_plugin.training.captured import Work
 
 ASKS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"}
 
 
-def record_tape(work: Work, inputs: Tensors) -> tuple[dict[str, Tensor], Callable[[], None]]:
+def record_tape(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """`work` on `inputs` as a tape, in place of a CUDA graph."""
     with _Tape() as tape:
         outputs = work(inputs)

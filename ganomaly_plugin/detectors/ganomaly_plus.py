@@ -247,12 +247,13 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             return (powers.sum(1) / len(means[name])).pow(1 / power)
 
         alone = scaled[:, [PARTS.index(part) for part in self.parts]]
+        combined = whitened("combined")
         return {
             **dict(zip(PARTS + PLAIN, found.unbind(1), strict=True)),
             **{name: size(whitened(name), name) for name in means},
-            "without_below": size(whitened("combined"), below=0),
+            "without_below": size(combined, below=0),
             "without_whitening": size(alone),
-            "mean_of_parts": size(whitened("combined"), power=1),
+            "mean_of_parts": size(combined, power=1),
             "plain": scaled[:, len(PARTS) :].mean(1),
         }
 

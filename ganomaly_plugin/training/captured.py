@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ganomaly_plugin.errors import one_line
-from ganomaly_plugin.recipe import Tensors
 
-#: Work on the device: from tensors, and tensors that it changes in place, to tensors.
-Work: TypeAlias = Callable[[Tensors], dict[str, Tensor]]
+#: Work on the device: from tensors in dicts and lists, and tensors that it changes in place, to tensors.
+Work: TypeAlias = Callable[[Any], dict[str, Tensor]]
 #: Records work on these inputs without its being done: `(its outputs, what to call to do it)`.
-Record: TypeAlias = Callable[[Work, Tensors], tuple[dict[str, Tensor], Callable[[], None]]]
+Record: TypeAlias = Callable[[Work, Any], tuple[dict[str, Tensor], Callable[[], None]]]
 
 WARM_UP = 3  # steps launched one kernel at a time first, in which libraries choose their kernels and allocate what they need
 _AGREE = 0.5  # of a step's change: a replayed step that differs by more from the step itself does other work
 
 
-def cuda_graph(work: Work, inputs: Tensors) -> tuple[dict[str, Tensor], Callable[[], None]]:
+def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Record `work` as a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -39,7 +39,7 @@ def record_on(device: torch.device) -> Record | None:
 
 
 class Replayed:
-    """Does some work again and again on new inputs of the same shapes: at first as it is, then as it was recorded.
+    """Does some work again and again on new inputs of the same form and shapes: at first as it is, then as it was recorded.
 
     Before a recording is trusted it is held to the work itself, once, from the same state. One that cannot be made, or does
     something else, is a warning, and the work goes on as it is.
@@ -53,7 +53,7 @@ class Replayed:
     def __init__(self, work: Work, state: Callable[[], Sequence[Tensor]], record: Record | None) -> None:
         self._work, self._state, self._record = work, state, record
         self._calls = 0
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: Any = None
         self._outputs: dict[str, Tensor] = {}
         self._replay: Callable[[], None] | None = None
 
@@ -62,7 +62,7 @@ class Replayed:
         """Whether calls are replayed by now."""
         return self._replay is not None
 
-    def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
+    def __call__(self, inputs: Any) -> dict[str, Tensor]:
         """The outputs of the work on `inputs`."""
         self._calls += 1
         if self._record is None:
@@ -71,14 +71,15 @@ class Replayed:
             return self._aside(inputs)
         if self._replay is None:
             return self._first(inputs, self._record)
-        for name, value in inputs.items():
-            self._inputs[name].copy_(value, non_blocking=True)
+        for mine, theirs in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
+            mine.copy_(theirs, non_blocking=True)
         self._replay()
         return {name: value.clone() for name, value in self._outputs.items()}
 
-    def _aside(self, inputs: Tensors) -> dict[str, Tensor]:
+    def _aside(self, inputs: Any) -> dict[str, Tensor]:
         """The work itself, on a CUDA stream of its own, as libraries need it before a graph is recorded."""
-        device = next(iter(inputs.values())).device
+        given = tree_leaves(inputs)
+        device = given[0].device
         if device.type != "cuda":
             return self._work(inputs)
         here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -86,14 +87,14 @@ class Replayed:
         with torch.cuda.stream(aside):
             outputs = self._work(inputs)
         here.wait_stream(aside)
-        for value in (*inputs.values(), *outputs.values()):
+        for value in (*given, *outputs.values()):
             value.record_stream(aside)
             value.record_stream(here)
         return outputs
 
-    def _first(self, inputs: Tensors, record: Record) -> dict[str, Tensor]:
+    def _first(self, inputs: Any, record: Record) -> dict[str, Tensor]:
         """Record the work, and do it: both as it is and as recorded."""
-        self._inputs = {name: value.clone() for name, value in inputs.items()}
+        self._inputs = tree_map(torch.clone, inputs)
         state = self._state()
         before = [tensor.detach().clone() for tensor in state]
         problem: str | None = None
@@ -112,7 +113,7 @@ class Replayed:
                 return {name: value.clone() for name, value in self._outputs.items()}
             problem = "replayed, it does something else"
             _restore(state, after)
-        self._record, self._inputs, self._outputs = None, {}, {}
+        self._record, self._inputs, self._outputs = None, None, {}
         warnings.warn(f"a step cannot be replayed as one ({problem}); its kernels are launched one by one", stacklevel=2)
         return outputs
 

@@ -24,7 +24,7 @@ from ganomaly_plugin.training.cpu_convolutions import pair, transposed_size
 Convolutions = Literal["grouped", "matmul"]
 
 
-def convolutions_as(how: Convolutions, precision: Precision = "float32") -> contextlib.AbstractContextManager[Any]:
+def convolutions_as(how: Convolutions, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """Within it, `conv2d` and `conv_transpose2d` are carried out as `how` says; the results are the same up to rounding.
 
     With "bf16" they, and linear layers, take their factors in bfloat16 and answer in float32: `vmap` passes autocast by.
@@ -91,13 +91,21 @@ class _Geometry:
         return down, across
 
 
-class _Patches(torch.autograd.Function):
+class _Laid(torch.autograd.Function):
+    """A linear map that depends on a geometry alone; its gradient is the map transposed, which needs nothing saved."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry = inputs[1]
+
+
+class _Patches(_Laid):
     """What the kernel covers at each of its places: `(n, c, h, w)` → `(n·h'·w', c·k·k)`.
 
     (torch's `unfold` launches a kernel for each image on a GPU, and has the places last, where a product wants them first.)
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, geometry: _Geometry) -> Tensor:
@@ -106,28 +114,18 @@ class _Patches(torch.autograd.Function):
         return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)  # from (n, c, h', w', k, k)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.geometry = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _Image.apply(gradients[0], ctx.geometry), None
 
 
-class _Image(torch.autograd.Function):
+class _Image(_Laid):
     """The sum of patches where they overlap, which is `_Patches` transposed: `(n·h'·w', c·k·k)` → `(n, c, h, w)`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(patches: Tensor, geometry: _Geometry) -> Tensor:
         down, across = geometry.places
         columns = patches.view(-1, down * across, patches.shape[1]).transpose(1, 2)  # (n, c·k·k, h'·w')
         return functional.fold(columns, geometry.size, geometry.kernel, padding=geometry.padding, stride=geometry.stride)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.geometry = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -148,12 +148,10 @@ class PlainTrainer:
             network.train(name in trained)
 
     def _redraw(self, phase: Phase) -> None:
-        drawn = drawn_anew(self.recipe, phase, self.networks, self.redraws)
         with torch.no_grad():
-            for name in phase.trains:
-                for own, weight in self.networks[name].named_parameters():
-                    if f"{name}.{own}" in drawn:
-                        weight.copy_(drawn[f"{name}.{own}"])
+            for name, weight in drawn_anew(self.recipe, phase, self.networks, self.redraws).items():
+                network, _, own = name.partition(".")
+                self.networks[network].get_parameter(own).copy_(weight)
 
 
 def set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

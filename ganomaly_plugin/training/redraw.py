@@ -36,7 +36,7 @@ class Spares:
     """Weights that lie ready on the device for models that collapse, so that no step waits to learn whether one does.
 
     Args:
-        networks: On the CPU; their order in memory is that of `drawn_anew`.
+        networks: Any model's; they are copied, in the order in memory that the plain trainer has them in.
         rngs: One a model.
     """
 
@@ -44,7 +44,9 @@ class Spares:
         self, recipe: Recipe, phase: Phase, networks: Networks, rngs: Sequence[torch.Generator], device: torch.device
     ) -> None:
         self._recipe, self._phase, self._rngs = recipe, phase, list(rngs)
-        self._blank: dict[str, nn.Module] = {name: networks[name] for name in phase.trains}
+        self._blank: dict[str, nn.Module] = {
+            name: copy.deepcopy(networks[name]).cpu().to(memory_format=torch.channels_last) for name in phase.trains
+        }
         drawn = [drawn_anew(recipe, phase, self._blank, rng) for rng in rngs]
         self.weights = {name: torch.stack([one[name] for one in drawn]).to(device) for name in drawn[0]}
         self.spent = torch.zeros(len(drawn), dtype=torch.bool, device=device)

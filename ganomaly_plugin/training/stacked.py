@@ -100,9 +100,8 @@ class StackedTrainer:
         self._optimisers = [make_optimiser(phase.optimiser, self._trained(phase)) for phase in self.phases]
         self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state_dict().items()}
         self.steps = 0
-        networks = {name: to_device(copy.deepcopy(network), torch.device("cpu")) for name, network in models[0].items()}
         self._spares = {
-            phase.name: Spares(recipe, phase, networks, [torch.Generator().manual_seed(seed) for seed in seeds], device)
+            phase.name: Spares(recipe, phase, models[0], [torch.Generator().manual_seed(seed) for seed in seeds], device)
             for phase in self.phases
             if phase.redraw_below is not None
         }
@@ -129,22 +128,20 @@ class StackedTrainer:
         self.after_step()
         return losses
 
-    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+    def inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the work of a step on `images` reads: them, and every model's random draws, on the device."""
         drawn = [self.recipe.draw(images.shape[1], rng) for rng in self._draws]
-        draws = {name: torch.stack([each[name] for each in drawn]) for name in drawn[0]}
-        given = {"images": images, **{f"draw {name}": value for name, value in draws.items()}}
-        return {name: self._sent(value) for name, value in given.items()}
+        return self._sent(images), {name: self._sent(torch.stack([each[name] for each in drawn])) for name in drawn[0]}
 
     def _sent(self, value: Tensor) -> Tensor:
         if self.device.type == "cuda" and value.device.type == "cpu":
             value = value.pin_memory()  # else the copy would be waited for
         return value.to(self.device, non_blocking=True)
 
-    def work(self, inputs: Tensors) -> dict[str, Tensor]:
+    def work(self, inputs: tuple[Tensor, Tensors]) -> dict[str, Tensor]:
         """What a step does on the device, weights and optimisers moved in place: its losses `(m,)`, from `inputs`."""
-        x = to_float(inputs["images"], self.recipe.input_range)
-        draws = {name.removeprefix("draw "): value for name, value in inputs.items() if name != "images"}
+        images, draws = inputs
+        x = to_float(images, self.recipe.input_range)
         earlier: dict[str, Tensor] = {}
         with precision(self.recipe.precision):
             for phase, optimiser in zip(self.phases, self._optimisers, strict=True):

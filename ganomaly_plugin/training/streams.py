@@ -50,19 +50,18 @@ class OnStreams:
     def step(self, images: Tensor) -> dict[str, Tensor]:
         """One step of every model; see `Stack`."""
         each = [trainer.inputs(batch[None]) for trainer, batch in zip(self._trainers, images, strict=True)]
-        losses = self._run({f"{k} {name}": value for k, inputs in enumerate(each) for name, value in inputs.items()})
+        losses = self._run(each)
         self.steps += 1
         for trainer in self._trainers:
             trainer.after_step()
         return losses
 
-    def _work(self, inputs: Tensors) -> dict[str, Tensor]:
+    def _work(self, inputs: Sequence[tuple[Tensor, Tensors]]) -> dict[str, Tensor]:
         each = []
         here: Any = torch.cuda.current_stream(self._device) if self._streams else None
         for stream in self._streams:
             stream.wait_stream(here)
-        for k, trainer in enumerate(self._trainers):
-            own = {name.removeprefix(f"{k} "): value for name, value in inputs.items() if name.startswith(f"{k} ")}
+        for k, (trainer, own) in enumerate(zip(self._trainers, inputs, strict=True)):
             with torch.cuda.stream(self._streams[k % STREAMS] if self._streams else None):
                 each.append(trainer.work(own))
         for stream in self._streams:

@@ -53,6 +53,7 @@ def fit_together(
     A stack that does not fit into the device's memory is split in halves, which begin anew. `how` and `record` are those of
     `make_stack`.
     """
+    how = how or default_how(device)
     by_batch: dict[int, list[_Course]] = {}
     for member in members:
         try:
@@ -119,22 +120,22 @@ class _Course:
         self.left, self.losses, self.epoch = self._rows(batches), [], self.epoch + 1
 
 
-def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How | None) -> list[list[_Course]]:
-    """The courses in as few stacks as the device's memory allows, of about equal sizes. A CPU takes its models in turns."""
+def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How) -> list[list[_Course]]:
+    """The courses in as few stacks as a GPU's memory allows, of about equal sizes; on a CPU in one."""
     if device.type == "cpu":
         return [courses]
     _, c, h, w = data.shape
     free = torch.cuda.mem_get_info(device)[0]
-    fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how or default_how(device))
+    fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how)
     count = -(-len(courses) // fit)
     return [courses[k::count] for k in range(count)]
 
 
-def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How | None, record: Record | None) -> None:
+def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How, record: Record | None) -> None:
     recipe = courses[0].fitting.recipe
     stage = recipe.stages[0]
     models = [course.fitting.build() for course in courses]
-    seeds, how = [course.member.seed for course in courses], how or default_how(device)
+    seeds = [course.member.seed for course in courses]
     stack: Stack = make_stack(recipe, models, seeds=seeds, device=device, how=how, record=record)
     size = len(courses)
     while courses:
