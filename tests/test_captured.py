@@ -9,6 +9,7 @@ import pytest
 import torch
 from tape import record_tape
 from test_stacked import CPU, SMALL, STACKABLE, alone, digits, recipe_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -169,6 +170,35 @@ def test_a_step_keeps_to_its_device_and_asks_it_nothing(name, how, monkeypatch):
     stack.keep([1])
     assert all(value.device.type == "meta" and value.shape == (2,) for value in losses.values())
     assert all(value.shape == (1,) for value in stack.step(images[:1]).values())
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
+@pytest.mark.parametrize("how", ["grouped", "matmul"])
+@pytest.mark.parametrize("name", STACKABLE)
+def test_a_gpu_takes_every_operation_of_a_step(name, how, monkeypatch):
+    """Fake tensors say that they lie on a GPU: operations choose their kernels as there, and none is launched.
+
+    Gradients are left out: autograd asks for the GPU's streams.
+    """
+    recipe = recipe_of(name, **STACKABLE[name])
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in (0, 1)]
+    stack = make_stack(recipe, models, seeds=[0, 1], device=CPU, how=how)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: [torch.empty_like(weight) for weight in weights])
+
+    def there(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            key: torch.empty(value.shape, dtype=value.dtype, device="cuda", requires_grad=value.requires_grad)
+            for key, value in tensors.items()
+        }
+
+    with FakeTensorMode():
+        draws = there({key: value.expand(2, *value.shape) for key, value in recipe.draw(16, torch.Generator()).items()})
+        stack.weights, stack.buffers = there(stack.weights), there(stack.buffers)
+        stack._optimisers = [stacked.make_optimiser(phase.optimiser, stack._trained(phase)) for phase in stack.phases]
+        for spares in stack._spares.values():
+            spares.weights, spares.spent = there(spares.weights), there({"spent": spares.spent})["spent"]
+        losses = stack.work((torch.zeros(2, 16, 1, 16, 16, dtype=torch.uint8, device="cuda"), draws))
+    assert all(value.device.type == "cuda" and value.shape == (2,) for value in losses.values())
 
 
 def test_nothing_is_recorded_where_there_are_no_graphs():

@@ -75,6 +75,11 @@ def _conv_transpose2d(
     return y if bias is None else y + bias[:, None, None]
 
 
+def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """BatchNorm of what the products leave in channels-last order, which cuDNN's asks for and `vmap` does not know (NYI)."""
+    return functional.batch_norm(x.contiguous(), *args, **kwargs)
+
+
 @dataclass(frozen=True)
 class _Geometry:
     """Where a kernel is laid on images of height and width `size`."""
@@ -138,4 +143,8 @@ def _check(groups: int, dilation: Any) -> None:
 
 
 _PRODUCTS = {torch.conv2d, torch.conv_transpose2d, functional.linear}
-_AS_MATMUL: Mapping[Any, Callable[..., Tensor]] = {torch.conv2d: _conv2d, torch.conv_transpose2d: _conv_transpose2d}
+_AS_MATMUL: Mapping[Any, Callable[..., Tensor]] = {
+    torch.conv2d: _conv2d,
+    torch.conv_transpose2d: _conv_transpose2d,
+    functional.batch_norm: _batch_norm,
+}
