@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 import warnings
 
 import numpy as np
@@ -132,6 +134,74 @@ def test_the_tape_refuses_what_a_cuda_graph_refuses():
     for work in (asks, draws):
         with pytest.raises(RuntimeError, match=r"the step (asks|draws)"):
             record_tape(work, {"x": torch.ones(2)})
+
+
+class PretendedCuda:
+    """`torch.cuda` as far as a recording asks for it, by the rules of the real one, that notes what it is left with."""
+
+    def __init__(self, monkeypatch, broken: bool) -> None:
+        self.stream, self.recording, self.released = "mine", [], []
+        self.broken = broken
+        for name in ("current_stream", "current_device", "set_stream", "graph_pool_handle", "device", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.released.append(pool), raising=False)
+
+    def current_stream(self):
+        return self.stream
+
+    def current_device(self):
+        return 0
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def end(self, device, pool):
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording")
+        self.recording.remove(pool)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool):
+        self.recording.append(pool)
+        before, self.stream = self.stream, "the recording's"
+        try:
+            yield
+        finally:  # as torch has it: what ends a recording fails when it was broken off, and nothing after it is done
+            if self.broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end(0, pool)
+            self.stream = before
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_recording_that_is_broken_off_leaves_torch_as_it_was(broken, monkeypatch):
+    cuda = PretendedCuda(monkeypatch, broken)
+
+    def refused(inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):  # not what torch says of it afterwards
+        captured.cuda_graph(refused, {"x": torch.zeros(1)})
+    assert cuda.stream == "mine" and not cuda.recording and cuda.released == (["pool"] if broken else [])
+
+
+def test_work_is_recorded_as_a_cuda_graph(monkeypatch):
+    cuda = PretendedCuda(monkeypatch, broken=False)
+    record = captured.record_on(torch.device("cuda"))
+    assert record is not None
+    outputs, replay = record(lambda inputs: {"x": inputs["x"] + 1}, {"x": torch.zeros(1)})
+    replay()
+    assert outputs["x"] == 1 and cuda.stream == "mine" and not cuda.recording
+    with captured.never_recorded():
+        assert captured.record_on(torch.device("cuda")) is None
 
 
 class NothingOnTheCpu(TorchDispatchMode):

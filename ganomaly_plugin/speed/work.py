@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ganomaly_plugin.speed.timing import Task
+from ganomaly_plugin.training.captured import never_recorded
 
 #: Side of the square matrices whose product is the ceiling: large enough that nothing but arithmetic takes time.
 SIDES = {"cpu": 2048, "cuda": 8192}
@@ -22,9 +23,10 @@ SIDES = {"cpu": 2048, "cuda": 8192}
 def count_flops(task: Task) -> int:
     """Floating-point operations of the convolutions and matrix products of one call, backward passes included.
 
-    A multiplication and an addition count as two. Element-wise work, under a hundredth here, is not counted.
+    A multiplication and an addition count as two. Element-wise work, under a hundredth here, is not counted. Nothing is
+    replayed meanwhile, since the operations of a CUDA graph are not seen.
     """
-    with _Counter() as counter:
+    with never_recorded(), _Counter() as counter:
         task()
     return counter.total
 

@@ -6,8 +6,10 @@ outputs over those of the step before, and knows nothing of a number that Python
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -26,16 +28,49 @@ _AGREE = 0.5  # of a step's change: a replayed step that differs by more from th
 
 
 def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Record `work` as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work(inputs)
+    """Record `work` as a CUDA graph.
+
+    When the device breaks a recording off, torch leaves its stream current and its allocator recording: it never again frees
+    memory to make room. Both are put right here. The error raised is then that of the work, which says what was refused.
+    """
+    device = tree_leaves(inputs)[0].device
+    refused: Exception | None = None
+    gc.collect()  # graphs and memory of former recordings, of which none may go away during this one
+    with torch.cuda.device(device):
+        here, graph, pool = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                try:
+                    outputs = work(inputs)
+                except Exception as error:
+                    refused = error
+                    raise
+        except Exception as error:
+            torch.cuda.set_stream(here)
+            with contextlib.suppress(RuntimeError):  # raised where the recording did come to its end
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            raise refused or error from None
     return outputs, graph.replay
+
+
+_never_records = False
+
+
+@contextlib.contextmanager
+def never_recorded() -> Iterator[None]:
+    """Within it no work is recorded, for who has to see every operation of it."""
+    global _never_records
+    before, _never_records = _never_records, True
+    try:
+        yield
+    finally:
+        _never_records = before
 
 
 def record_on(device: torch.device) -> Record | None:
     """How work on `device` is recorded; None where it cannot be."""
-    return cuda_graph if device.type == "cuda" else None
+    return cuda_graph if device.type == "cuda" and not _never_records else None
 
 
 class Replayed:
@@ -53,6 +88,7 @@ class Replayed:
     def __init__(self, work: Work, state: Callable[[], Sequence[Tensor]], record: Record | None) -> None:
         self._work, self._state, self._record = work, state, record
         self._calls = 0
+        self._stream: Any = None  # where the work is done before it is recorded: one, since memory belongs to a stream
         self._inputs: Any = None
         self._outputs: dict[str, Tensor] = {}
         self._replay: Callable[[], None] | None = None
@@ -82,7 +118,8 @@ class Replayed:
         device = given[0].device
         if device.type != "cuda":
             return self._work(inputs)
-        here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        here, aside = torch.cuda.current_stream(device), self._stream
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             outputs = self._work(inputs)
