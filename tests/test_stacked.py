@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,12 @@ from ganomaly_plugin.errors import Diverged, InvalidInput
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.redraw import Spares
 from ganomaly_plugin.training.stack import make_stack
 from ganomaly_plugin.training.stacked import StackedTrainer, why_not_stackable
-from ganomaly_plugin.training.together import Member, fit_together
+from ganomaly_plugin.training.together import Member, _packed, fit_together
 
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 16, "features": 8, "latent_dim": 10}
@@ -226,11 +230,13 @@ def test_a_loss_that_is_not_finite_is_told_from_the_others():
 
 
 def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
-    data, sizes = digits(), []
+    data, sizes, failed = digits(), [], []
     step = StackedTrainer.step
 
     def narrow(self: StackedTrainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert not any(stack() for stack in failed)  # or its memory would be missing now
         if len(images) > 2:
+            failed.append(weakref.ref(self))
             raise torch.OutOfMemoryError("no room for this many")
         sizes.append(len(images))
         return step(self, images)
@@ -242,6 +248,16 @@ def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
     assert all(member.error is None for member in members) and max(sizes) == 2
     reference = alone("ae", data, torch.arange(40), 4, 1)
     np.testing.assert_allclose(members[4].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-5)
+
+
+def test_a_gpu_takes_as_many_models_as_its_free_memory_holds(monkeypatch):
+    recipe = recipe_of("ae")
+    course = types.SimpleNamespace(fitting=types.SimpleNamespace(recipe=recipe))
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * bytes_of_model(recipe, (1, 16, 16)), 10**12))
+    packed = _packed([course] * 5, digits(), torch.device("cuda"), "grouped")
+    assert [len(part) for part in packed] == [2, 2, 1] and freed  # a fifth of the memory stays free
 
 
 def test_recipes_that_cannot_be_stacked_say_why():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -63,19 +65,17 @@ def fit_together(
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
     for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device, how)):
-        try:
-            _run(courses, resident(data, device), device, how, record)
-        except torch.OutOfMemoryError as error:
-            again = [course.member for course in courses]
-            if len(again) == 1:
-                again[0].error = error
-                continue
-            half = len(again) // 2
-            warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            for part in (again[:half], again[half:]):
-                fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how, record=record)
+        problem = _too_large(courses, data, device, how, record)
+        if problem is None:
+            continue
+        again = [course.member for course in courses]
+        if len(again) == 1:
+            again[0].error = problem
+            continue
+        half = len(again) // 2
+        warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
+        for part in (again[:half], again[half:]):
+            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how, record=record)
 
 
 class _Course:
@@ -125,10 +125,31 @@ def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How
     if device.type == "cpu":
         return [courses]
     _, c, h, w = data.shape
+    _make_room(device)
     free = torch.cuda.mem_get_info(device)[0]
     fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how)
     count = -(-len(courses) // fit)
     return [courses[k::count] for k in range(count)]
+
+
+def _make_room(device: torch.device) -> None:
+    """Give the memory of former stacks, which refer to themselves, back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _too_large(
+    courses: list[_Course], data: Tensor, device: torch.device, how: How, record: Record | None
+) -> torch.OutOfMemoryError | None:
+    """Run the courses; why they do not fit into the memory of `device`, which then holds nothing of them, or None."""
+    try:
+        _run(courses, resident(data, device), device, how, record)
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the stack
+        _make_room(device)
+        return error
+    return None
 
 
 def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How, record: Record | None) -> None:
