@@ -133,10 +133,18 @@ class Standardiser(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def fit(self, values: Tensor) -> None:
-        """Take mean and deviation of each column of `values` `(n, size)`; a column that is constant is divided by 1."""
-        deviation = values.std(0, correction=0)
-        self.mean.copy_(values.mean(0))
+    def fit(self, values: Tensor, prior: Tensor | None = None, worth: int = 0) -> None:
+        """Take mean and deviation of each column of `values` `(n, size)`; a column that is constant is divided by 1.
+
+        The mean and the variance of `prior` `(m, size)` count in them like those of `worth` more rows.
+        """
+        mean, variance = values.mean(0), values.var(0, correction=0)
+        if prior is not None:
+            share = worth / (len(values) + worth)
+            mean = torch.lerp(mean, prior.mean(0), share)
+            variance = torch.lerp(variance, prior.var(0, correction=0), share)
+        deviation = variance.sqrt()
+        self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 1e-6 * self.mean.abs().clamp(min=1e-12), deviation, 1.0))
 
     def forward(self, values: Tensor) -> Tensor:

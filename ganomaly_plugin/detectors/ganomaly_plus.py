@@ -1,16 +1,17 @@
 """GANomaly for a few hundred images: the networks and losses of GANomaly, another score, and a budget in steps.
 
 # Differs: not a published method. What each ingredient is worth is in results/ganomaly_plus. The networks are GANomaly's,
-narrower; what is new happens after training, on normal images alone:
+narrower. D has one more task, as in SS-GAN (arXiv 1811.11212): to tell by which quarter turns an image was turned, so that
+its features learn what the images show. What else is new happens after training, on normal images alone:
 
-- Five views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, the residual x - x̂,
-  the feature difference f(x) - f(x̂) in D, and the latent (z, z - ẑ). Of each, `NormalVectors` learns what it is like on
-  training images; how far outside the principal components an image lies, on the whole and where it is furthest, and how
-  far from its nearest neighbours, are the parts of the score.
+- Six views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, the residual x - x̂,
+  the latent (z, z - ẑ), D's features of x, and the means of D's features of x turned four ways. Of each, `NormalVectors`
+  learns what it is like on training images; how far outside the principal components an image lies, on the whole and where
+  it is furthest, and how far from its nearest neighbours, are the parts of the score.
 - Each part is standardised, on the scale of logarithms, on held-out normal images, and then whitened: of what several parts
   say alike, each keeps a share, and what one says against the others stands out. The score is the root mean square of the
   parts. One that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is
-  reconstructed better than a normal one, and is none.
+  nearer to what images have in common than a normal one, and is none.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from ganomaly_plugin.detectors.normal_models import PEAK, STATISTICS, NormalVect
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
+from ganomaly_plugin.training.validation import FEWEST_HELD_OUT
 
-VIEWS = ("image", "levelled", "latent", "residual", "feature")
+VIEWS = ("image", "levelled", "latent", "residual", "feature", "turned")
 IMAGES = ("image", "levelled", "residual")  # the views that are images
 PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in (*STATISTICS, *[PEAK] * (view in IMAGES)))
 #: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
@@ -39,20 +41,44 @@ DEFAULT_PARTS = (
     "levelled_nearest",
     "levelled_peak",
     "latent_nearest",
-    "residual_outside",
-    "residual_nearest",
     "feature_outside",
     "feature_nearest",
+    "turned_outside",
+    "turned_nearest",
 )
 #: What may be left out of the score, or put in, to see what it is worth.
-LEFT_OUT = (*VIEWS, "outside", "nearest", PEAK)
+LEFT_OUT = ("image", "levelled", "latent", "feature", "turned", "outside", "nearest", PEAK)
 FOLDS = 5  # of the training images: the parts of each are taken with models of the others
+TURNS = 4  # quarter turns of an image
 
 
 def levelled(images: Tensor) -> Tensor:
     """`images` `(n, c, h, w)`, each shifted and scaled to mean 0 and deviation 0.5 over its pixels and channels."""
     centred = images - images.mean((1, 2, 3), keepdim=True)
     return 0.5 * centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt()
+
+
+def turned(images: Tensor) -> Tensor:
+    """`images` `(n, c, s, s)` by no, one, two and three quarter turns, `(4 n, c, s, s)`."""
+    return torch.cat([torch.rot90(images, k, (2, 3)) for k in range(TURNS)])
+
+
+def turn_loss(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of the logits `(4 n, 4)` of `turned` images with the turns they were turned by."""
+    chances = logits.view(TURNS, -1, TURNS).log_softmax(2)
+    return -chances.diagonal(dim1=0, dim2=2).mean()
+
+
+class TurnClassifier(nn.Module):
+    """Logits `(n, 4)`, one a quarter turn, of D's features."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, TURNS)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The logits of `features` `(n, w, s, s)`."""
+        return self.linear(features.flatten(1))
 
 
 class NormalModel(nn.Module):
@@ -86,11 +112,12 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     Args:
         features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial, redraw_below: As GANomaly's.
+        w_turn: Weight of D's task to tell an image's quarter turns, in D's loss; 0 leaves it out.
         score_by: "combined" (the root mean square of `parts`), or another of `score_names`: a part alone, all without one
             view ("without_image"), one statistic ("without_nearest"), parts that are lower than normal ("without_below") or
-            the whitening ("without_whitening"), all with another statistic too ("with_inside"), "mean_of_parts",
-            "paper_latent" (GANomaly's own score), or "plain" (the mean of the standardised latent, residual and feature
-            differences).
+            the whitening ("without_whitening"), all with the residual ("with_residual") or another statistic too
+            ("with_inside"), "mean_of_parts", "paper_latent" (GANomaly's own score), or "plain" (the mean of the standardised
+            latent, residual and feature differences).
         parts: What the score is made of, each "<view>_<statistic>".
         components: Principal components of each view, at most.
         below: Weight of a part that is lower than on normal images; 0 ignores it, 1 counts it like one that is higher.
@@ -103,6 +130,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     features: int = 16
     batch_size: int = 32
+    w_turn: float = 1.0
     score_by: str = "combined"  # type: ignore[assignment]
     parts: tuple[str, ...] = DEFAULT_PARTS
     components: int = 100
@@ -120,6 +148,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         *(f"without_{left_out}" for left_out in LEFT_OUT),
         "without_below",
         "without_whitening",
+        "with_residual",
         "with_inside",
         "mean_of_parts",
         "plain",
@@ -129,7 +158,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(components=(self.components, 1), below=(self.below, 0))
+        at_least(components=(self.components, 1), below=(self.below, 0), w_turn=(self.w_turn, 0))
         if not self.lr_ratio > 0:
             raise InvalidInput(f"lr_ratio must be positive, got {self.lr_ratio}.")
         if self.score_by not in self.score_names:
@@ -151,17 +180,23 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         return True
 
     def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
-        """GANomaly's `generator` and `discriminator`, and `calibration`, which no optimiser touches."""
+        """GANomaly's `generator` and `discriminator`, `turns` where D tells them, and `calibration`, which none optimises."""
         networks = {name: net for name, net in super().build(chw).items() if name != "calibration"}
         channels, side, _ = chw
         with torch.no_grad():
             discriminator = networks["discriminator"].eval()
-            features = discriminator(torch.zeros(1, channels, side, side))[1].numel()
+            features = discriminator(torch.zeros(1, channels, side, side))[1]
             discriminator.train()
         if self.spectral:
             normalise_spectrally(networks["discriminator"])
         pixels = channels * side * side
-        sizes = dict.fromkeys(VIEWS, pixels) | {"latent": 2 * self.latent_dim, "feature": features}
+        sizes = dict.fromkeys(IMAGES, pixels) | {
+            "latent": 2 * self.latent_dim,
+            "feature": features.numel(),
+            "turned": TURNS * features.shape[1],
+        }
+        if self.w_turn:
+            networks["turns"] = TurnClassifier(features.numel())
         return networks | {"calibration": NormalModel(sizes, self.components, chw, self._means)}
 
     @property
@@ -170,15 +205,20 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         means = {"combined": self.parts}
         for name in LEFT_OUT:
             means[f"without_{name}"] = tuple(part for part in self.parts if name not in part.split("_")) or self.parts
-        return means | {"with_inside": tuple(dict.fromkeys((*self.parts, *(f"{view}_inside" for view in VIEWS))))}
+        more = {
+            "with_residual": ("residual_outside", "residual_nearest"),
+            "with_inside": tuple(f"{view}_inside" for view in VIEWS if view != "residual"),
+        }
+        return means | {name: tuple(dict.fromkeys((*self.parts, *parts))) for name, parts in more.items()}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """GANomaly's stage, with D's own learning rate."""
+        """GANomaly's stage, with D's own learning rate and task."""
         (stage,) = super().stages
         generator, discriminator = stage.phases
         adam = Optimiser(self.lr * self.lr_ratio, self.betas)
-        own = Phase("discriminator", discriminator.trains, discriminator.loss, adam, redraw_below=discriminator.redraw_below)
+        trains = (*discriminator.trains, *["turns"] * bool(self.w_turn))
+        own = Phase("discriminator", trains, discriminator.loss, adam, redraw_below=discriminator.redraw_below)
         return (Stage(stage.name, (generator, own)),)
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -193,7 +233,16 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         if self.augment:
             images = self._moved(images, step.draws["shift"], step.draws["gain"])
         images = self._input(images)
-        return super()._generator_phase(networks, StepInput(images, step.draws, step.earlier))
+        loss, computed = super()._generator_phase(networks, StepInput(images, step.draws, step.earlier))
+        return loss, computed | {"images": images}
+
+    def _discriminator_phase(self, networks: Networks, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, computed = super()._discriminator_phase(networks, step)
+        if not self.w_turn:
+            return loss, computed
+        _, features = networks["discriminator"](turned(step.earlier["images"]))
+        turns = turn_loss(networks["turns"](features))
+        return loss + self.w_turn * turns, computed | {"turns": turns}
 
     def _moved(self, images: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
         """`images` moved by whole pixels, the border repeated, their distance from black times `gain`."""
@@ -212,24 +261,27 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         return levelled(images).clamp(-1, 1) if self.normalise else images
 
     def _views(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
-        """Each of VIEWS, `(n, size)`."""
+        """Each of VIEWS, `(n, size)`, and `feature_hat`, D's features of x̂."""
         x = self._input(images)
         x_hat, z, z_hat = networks["generator"](x)
-        _, features = networks["discriminator"](x)
+        _, features = networks["discriminator"](turned(x))
         _, features_hat = networks["discriminator"](x_hat)
+        of_turns = features.split(len(x))
         vectors = {
             "image": x,
             "levelled": levelled(images),
             "latent": torch.cat([z, z - z_hat], 1),
             "residual": x - x_hat,
-            "feature": features - features_hat,
+            "feature": of_turns[0],
+            "turned": torch.cat([of_turn.mean((2, 3)) for of_turn in of_turns], 1),
+            "feature_hat": features_hat,
         }
         return {view: vector.flatten(1) for view, vector in vectors.items()}
 
     def _parts(self, model: nn.Module, vectors: dict[str, Tensor]) -> Tensor:
         """PARTS and PLAIN, `(n, parts)`, the former as logarithms."""
-        plain = (vectors["latent"][:, self.latent_dim :], vectors["residual"], vectors["feature"])
-        squares = torch.stack([vector.square().mean(1) for vector in plain], 1)
+        latent, difference = vectors["latent"][:, self.latent_dim :], vectors["feature"] - vectors["feature_hat"]
+        squares = torch.stack([vector.square().mean(1) for vector in (latent, vectors["residual"], difference)], 1)
         return torch.cat([model(vectors), squares], 1)
 
     def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
@@ -265,7 +317,8 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         """Fit each view's model to training images, the scale of the parts to held-out ones, and the whitening.
 
         How the parts go together takes more images than are held out: it is learned on the training images, each fifth
-        of them scored with models of the other four. Where none could be held out the scale is learned there too.
+        of them scored with models of the other four. The scale is learned there too where none could be held out; where
+        few were, those scores count in it like FEWEST_HELD_OUT more.
         """
         model: Any = networks["calibration"]
         vectors = self._all_views(networks, train)
@@ -276,18 +329,22 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             self._fit(model, {view: vector[~left_out] for view, vector in vectors.items()})
             crossed.append(self._parts(model, {view: vector[left_out] for view, vector in vectors.items()}))
         self._fit(model, vectors)
-        own = crossed if held_out is train and crossed else [self._parts(model, self._all_views(networks, held_out))]
-        model.scale.fit(torch.cat(own))
-        model.whitening.fit(model.scale(torch.cat(crossed or own))[:, : len(PARTS)])
+        own = self._parts(model, vectors if held_out is train else self._all_views(networks, held_out))
+        known = torch.cat(crossed) if crossed else own
+        if held_out is train:
+            model.scale.fit(known)
+        else:
+            model.scale.fit(own, known, worth=FEWEST_HELD_OUT)
+        model.whitening.fit(model.scale(known)[:, : len(PARTS)])
 
     def _all_views(self, networks: Networks, chunks: list[Tensor]) -> dict[str, Tensor]:
         views = [self._views(networks, x) for x in chunks]
-        return {view: torch.cat([found[view] for found in views]) for view in VIEWS}
+        return {name: torch.cat([found[name] for found in views]) for name in views[0]}
 
     @staticmethod
     def _fit(model: Any, vectors: dict[str, Tensor]) -> None:
-        for view, vector in vectors.items():
-            model.views[view].fit(vector)
+        for view, learner in model.views.items():
+            learner.fit(vectors[view])
 
     def reconstruct(self, networks: Networks, images: Tensor) -> Tensor:
         """x̂."""
