@@ -25,7 +25,7 @@ from ganomaly_plugin.recipe import Networks
 from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import scoring_mode
-from ganomaly_plugin.training.stacked import StackedTrainer
+from ganomaly_plugin.training.stack import How, default_how, make_stack
 
 Replay = tuple[np.ndarray, Networks]
 LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
@@ -57,8 +57,9 @@ def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches
 
 
 def _stacked(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
-    """The recorded training as the second of three models; its neighbours see other images."""
-    stack = StackedTrainer(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, record=record_on(device))
+    """The recorded training as the second of three mapped models, as a GPU does it; its neighbours see other images."""
+    how: How = "grouped" if device.type == "cpu" else default_how(device)
+    stack = make_stack(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, how=how, record=record_on(device))
     losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
     return _table([{name: value[1] for name, value in step.items()} for step in losses]), stack.scoring_networks(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.speed import timing, work
+from ganomaly_plugin.speed import timing, trainers, work
 from ganomaly_plugin.speed.timing import time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
 from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
@@ -50,6 +51,31 @@ def test_models_trained_together_count_their_images_together(bench, tmp_path: Pa
     assert rows["mflop_per_image"].round(6).nunique() == 1
     code, _, said = bench("speed", "--models", "f_anogan", "--trainers", "stacked", "--peers", "none", "--image-size", 16)
     assert code == 2 and "cannot be stacked: it trains in 2 stages" in said
+
+
+def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 90 GiB\nand more")
+
+    monkeypatch.setitem(trainers.TRAINERS, "stacked-matmul", too_large)
+    words = ["--models", "ae", "--trainers", "stacked-matmul,plain", "--peers", "none", "--measure", "training"]
+    words += ["--image-size", 16, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
+    code, out, _ = bench("speed", *words, "--out", tmp_path / "speed.csv")
+    assert code == 0 and "stacked-matmul is not timed: OutOfMemoryError: Tried" in out
+    assert list(pd.read_csv(tmp_path / "speed.csv")["trainer"]) == ["plain"]
+
+
+def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch) -> None:
+    def refused(work, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(trainers, "record_on", lambda device: refused)
+    setting = Setting(torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8), CPU)
+    recipe = GanomalyRecipe(features=2, latent_dim=4, batch_size=4)
+    made = functools.partial(trainers.stacked, setting=setting)
+    monkeypatch.setattr(trainers, "stacked", lambda recipe, stage, _, how, **more: made(recipe, stage, how=how, **more))
+    with pytest.raises(UserWarning, match="operation not permitted"):
+        trainers.captured(recipe, recipe.stages[0], types.SimpleNamespace(device=torch.device("cuda")))
 
 
 def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:

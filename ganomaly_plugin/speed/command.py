@@ -61,7 +61,7 @@ def run_speed(options: Any) -> int:
         scoring = time_scoring(selections, images[: options.images], device, repeats=options.repeats)
         print("\n".join(["", f"scoring {len(images[: options.images])} images", *_table(scoring)]))
         rows += scoring
-    if options.out:
+    if options.out and rows:
         common = {"shape": shape, "pixels": options.dataset or "random", "hardware": hardware, "device": device.type}
         common |= {name: versions().get(name, "") for name in ("ganomaly-plugin", "torch", "anomalib")}
         atomic_write(Path(options.out), _csv(rows, common).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Precision, Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.selection import Selection, show
@@ -73,6 +75,8 @@ def time_training(
 ) -> list[Row]:
     """Training rows: the peers of GANomaly first, then each detector's stages with each trainer.
 
+    A trainer that fails, as one that needs more memory than there is, is a printed line and no row.
+
     Raises:
         InvalidInput: Peers are asked for where no GANomaly is among the detectors, or a trainer cannot train a detector.
     """
@@ -98,9 +102,16 @@ def time_training(
             name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
             flops = _flops_per_image(plain(recipe, stage, setting))
             for trainer in trainers:
-                prepare = TRAINERS[trainer]
-                made = _prepared(name, trainer, recipe, setting, lambda p=prepare, r=recipe, s=stage: p(r, s, setting), flops)
-                candidates.append(made)
+                prepare = functools.partial(TRAINERS[trainer], recipe, stage, setting)
+                try:
+                    made = _prepared(name, trainer, recipe, setting, prepare, flops)
+                except InvalidInput:
+                    raise
+                except Exception as error:
+                    print(f"{name}, {trainer} is not timed: {one_line(error)}", flush=True)
+                    traceback.clear_frames(error.__traceback__)  # they hold its models
+                else:
+                    candidates.append(made)
     return _timed(candidates, setting.device, repeats, host)
 
 
