@@ -124,14 +124,15 @@ def recipe_of(selection: Selection) -> Recipe | None:
 def _prepared(
     label: str, trainer: str, recipe: Recipe, setting: Setting, prepare: Any, flops: float | None = None
 ) -> _Candidate:
-    def work() -> Prepared:
-        prepared: Prepared = prepare()
+    made: list[Prepared] = []
+
+    def work() -> None:
+        made.append(prepare())
         for _ in range(2):
-            prepared.step()
-        return prepared
+            made[0].step()
 
     memory = peak_memory(work, setting.device)
-    prepared = prepare()
+    (prepared,) = made
     fields = {
         "what": "training",
         "detector": label,

@@ -78,11 +78,11 @@ def _plain(recipe: Recipe, stage: Stage, setting: Setting, *, compiled: bool = F
     return Prepared(step, images=cycle * min(recipe.batch_size, len(setting.images)))
 
 
-def indices(n: int, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
-    """Index tensors of batches without end, in a new order each epoch, as in training."""
+def indices(n: int, batch_size: int, seed: int = 0, device: torch.device | None = None) -> Iterator[Tensor]:
+    """Index tensors of batches without end, in a new order each epoch, as in training; an epoch's on `device` at once."""
     order = order_of(seed)
     while True:
-        yield from epoch_batches(n, batch_size, order)
+        yield from torch.stack(list(epoch_batches(n, batch_size, order))).to(device).unbind()
 
 
 def steps_in_cycle(stage: Stage) -> int:
@@ -116,11 +116,10 @@ def stacked(
     models = [build_networks(recipe, setting.chw, seed=seed) for seed in seeds]
     stack = make_stack(recipe, models, seeds=seeds, device=setting.device, how=how, record=record)
     data = resident(setting.images, setting.device)
-    orders = [indices(len(data), recipe.batch_size, seed) for seed in seeds]
+    orders = [indices(len(data), recipe.batch_size, seed, data.device) for seed in seeds]
 
     def step() -> None:
-        index = torch.stack([next(order) for order in orders])
-        stack.step(data[index.to(data.device)])
+        stack.step(data[torch.stack([next(order) for order in orders])])
 
     return Prepared(step, images=len(seeds) * min(recipe.batch_size, len(setting.images)), models=len(seeds))
 
