@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training import captured, plain, stacked
 from ganomaly_plugin.training.captured import WARM_UP, Replayed
+from ganomaly_plugin.training.convolutions import convolutions_as
 from ganomaly_plugin.training.plain import build_networks
 from ganomaly_plugin.training.stack import make_stack
 from ganomaly_plugin.training.together import Member, fit_together
@@ -269,6 +270,18 @@ def test_a_gpu_takes_every_operation_of_a_step(name, how, monkeypatch):
             spares.weights, spares.spent = there(spares.weights), there({"spent": spares.spent})["spent"]
         losses = stack.work((torch.zeros(2, 16, 1, 16, 16, dtype=torch.uint8, device="cuda"), draws))
     assert all(value.device.type == "cuda" and value.shape == (2,) for value in losses.values())
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
+@pytest.mark.parametrize("side", [1, 4])
+def test_a_gpu_takes_batchnorm_after_matrix_products(side):
+    def one(x, weight, scale):
+        y = torch.conv2d(x, weight)
+        return torch.nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, scale, True)
+
+    with FakeTensorMode(), convolutions_as("matmul", "float32"):
+        arguments = [torch.empty(2, *shape, device="cuda") for shape in ((16, 3, side, side), (5, 3, 1, 1), (5,))]
+        assert torch.func.vmap(one)(*arguments).shape == (2, 16, 5, side, side)
 
 
 def test_nothing_is_recorded_where_there_are_no_graphs():

@@ -76,8 +76,11 @@ def _conv_transpose2d(
 
 
 def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """BatchNorm of what the products leave in channels-last order, which cuDNN's asks for and `vmap` does not know (NYI)."""
-    return functional.batch_norm(x.contiguous(), *args, **kwargs)
+    """BatchNorm of what the products leave in channels-last order, which cuDNN's asks for and `vmap` does not know (NYI).
+
+    (A copy, for `contiguous` makes none of maps of one pixel, which are in both orders.)
+    """
+    return functional.batch_norm(x.clone(memory_format=torch.contiguous_format), *args, **kwargs)
 
 
 @dataclass(frozen=True)
