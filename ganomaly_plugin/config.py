@@ -84,6 +84,8 @@ class Model:
         resolved = canonical_hparams(getattr(detector, "hparams", None) or {**default_hparams(self.cls), **hparams})
         epochs = (self.epochs or self.default_epochs) if self.has_epochs and self.steps is None else None
         defaults = canonical_hparams(default_hparams(self.cls))
+        if self.takes_batchnorm:  # a name without options means the protocol's, and another choice shows
+            defaults["batchnorm"] = protocol.batchnorm
         shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
         if epochs is not None and epochs != self.default_epochs:
             shown["epochs"] = epochs

@@ -17,6 +17,7 @@ from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.errors import BenchError, CannotStore, CorruptFile, InvalidInput, one_line
 from ganomaly_plugin.files import atomic_write, sweep_out
 from ganomaly_plugin.integrity import check_against_scores, file_digest, sealed, unsealed
+from ganomaly_plugin.labels import distinctly_labelled
 
 MARKER = "bench.json"
 FORMAT = 1  # of the folder; each record names its own
@@ -141,13 +142,14 @@ class Store:
         return read_record(path) if path.is_file() else None
 
     def records(self) -> list[RunRecord]:
-        """All records, by file name.
+        """All records, by file name, labelled so that no two settings share a label.
 
         Raises:
             CorruptFile: One is damaged; names it and says how to go on.
         """
         with without_collections():
-            return [read_record(path) for path in sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)]
+            paths = sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)
+            return distinctly_labelled([read_record(path) for path in paths])
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
         """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.

@@ -1,0 +1,50 @@
+"""Rows of tables: one name for one way of making a detector, whatever its records call it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ganomaly_plugin.core import Job, RunRecord
+from ganomaly_plugin.labels import distinctly_labelled
+from ganomaly_plugin.report.frame import runs_frame
+from ganomaly_plugin.report.tables import make_tables
+from ganomaly_plugin.selection import parse_selection, show
+
+
+def record(auroc: float, label: str = "ae[lr=0.5]", protocol: str = "one-anomalous/strict-v1", **hparams: object) -> RunRecord:
+    job = Job("ae", hparams, "toy_set", {"image_size": 16}, protocol, "x", 0, 3, label=label)
+    return RunRecord(job, "done", metrics={"auroc": auroc, "auprc": auroc}, split_digest=protocol)
+
+
+def test_settings_that_a_label_leaves_out_make_rows_of_their_own() -> None:
+    old, new = record(0.9, lr=0.5, width=16), record(0.5, lr=0.5, width=32, extra=1)  # a default changed in between
+    named = distinctly_labelled([old, new])
+    assert [each.job.label for each in named] == ["ae[lr=0.5,width=16]", "ae[extra=1,lr=0.5,width=32]"]
+    assert [each.job.key for each in named] == [old.job.key, new.job.key]
+    (table,) = make_tables(runs_frame(named), ("auroc",))
+    assert [table.cells[row]["x"].mean for row in table.rows] == [0.5, 0.9]  # and no row of 0.7
+    longer = replace(old, job=replace(old.job, epochs=4))
+    assert [each.job.label for each in distinctly_labelled([old, longer])] == ["ae[epochs=3,lr=0.5]", "ae[epochs=4,lr=0.5]"]
+
+
+def test_labels_stay_where_they_tell_settings_apart() -> None:
+    alike = [record(0.9, batchnorm="running"), record(0.8, protocol="one-anomalous/paper-v1", batchnorm="batch")]
+    assert distinctly_labelled([*alike, *alike]) == [*alike, *alike]
+    assert {each.job.label for each in distinctly_labelled(alike)} == {"ae[lr=0.5]"}
+
+
+def test_a_label_names_what_differs_from_the_protocol(tmp_path: Path, bench) -> None:
+    words = ["--datasets", "digits", "--classes", "0", "--out", tmp_path / "out", "--dry-run"]
+    models = "ganomaly,ganomaly[batchnorm=running],ganomaly[batchnorm=batch]"
+    _, stdout, _ = bench("run", "--models", models, "--protocols", "one-anomalous/paper-v1", *words)
+    assert [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]] == ["ganomaly", "ganomaly[batchnorm=running]"]
+    _, stdout, _ = bench("run", "--models", models, *words)
+    assert [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]] == ["ganomaly", "ganomaly[batchnorm=batch]"]
+
+
+@pytest.mark.parametrize("value", [1e-4, 0.5, 50.0, 0.12345678, 1234567.0, 1e-300, 2 / 3])
+def test_a_label_reads_back_as_it_was(value: float) -> None:
+    assert parse_selection(show("ae", {"lr": value}), "model").options["lr"] == value
