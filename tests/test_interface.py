@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import blobs
 
+import ganomaly_plugin
 from ganomaly_plugin import list_detectors, load_detector, make_detector
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, NotFitted
 from ganomaly_plugin.registry import DATASETS, DETECTORS, entries, resolve
@@ -25,6 +26,7 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_every_registered_name_resolves() -> None:
+    assert set(ganomaly_plugin.__all__) <= set(dir(ganomaly_plugin))  # what a notebook completes
     assert {"ganomaly", "ae", "mean_intensity"} <= set(list_detectors())
     assert list_detectors("gano*") == ["ganomaly", "ganomaly_plus"]
     members = {

@@ -56,6 +56,9 @@ def test_stats_say_what_they_can(tmp_path: Path, bench) -> None:
     code, _, err = bench("stats", store.folder, "--baseline", "d")
     assert code == 2 and "Unknown baseline 'd'" in err
     assert bench("stats", store.folder, "--metric", "luck")[0] == 2
+    for metric in ("aupro", "auroc_oracle"):  # only a job itself can take them
+        code, out, err = bench("stats", store.folder, "--metric", metric)
+        assert code == 2 and out == "" and f"No job has {metric}" in err and err.count("\n") == 1
 
 
 def test_stats_over_data_sets(tmp_path: Path, bench) -> None:

@@ -44,6 +44,10 @@ def tables(options: Any) -> int:
     records = everything = finished(store)
     if options.report and options.scores:
         raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
+    if options.report and options.format != "text":
+        raise InvalidInput(f"--report prints text only. Leave out --format {options.format}.")
+    if options.per_class and not options.report:
+        raise InvalidInput("--per-class is of --report: a table has its classes anyway. Add --report.")
     if options.report:
         from ganomaly_plugin.report.decisions import decision_reports  # scikit-learn takes a second, and tables do without
 
@@ -97,9 +101,11 @@ def stats(options: Any) -> int:
     results = Results(options.results)
     finished(results.store)
     check_metrics([options.metric])
+    made = results.tables((options.metric,))
+    tell(measured(made)[1])
     for comparison in comparisons(results, options.metric, baseline=options.baseline):
         print(comparison_text(comparison))
-    for protocol, tested, why in over_data_sets(results.tables((options.metric,))):
+    for protocol, tested, why in over_data_sets(made):
         print(friedman_text(protocol, tested, why))
     return 0
 

@@ -58,8 +58,10 @@ METRICS = {
 }
 
 
-def check_metrics(metrics: Iterable[str]) -> None:
-    """Raise InvalidInput for a metric that tables do not know."""
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise InvalidInput for a metric that tables do not know, or for none."""
+    if not metrics:
+        raise InvalidInput(f"No metric is given. Give at least one of: {', '.join(METRICS)}.")
     for metric in metrics:
         if metric not in METRICS:
             raise unknown("metric", metric, METRICS)
