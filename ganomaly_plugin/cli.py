@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     words = sys.argv[1:] if argv is None else list(argv)
+    _mend_streams()
     try:
         arguments = parse(words)
         from ganomaly_plugin import commands
@@ -246,6 +248,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"{error.strerror or one_line(error)}{where}. Mend that and start again.", EXIT_FAILED)
     except RecursionError:
         return _stop("Input is nested too deeply. Give a flat config, and options of at most a few levels.")
+
+
+def _mend_streams() -> None:
+    """Let nothing fail for want of a place to print: a stream that is closed, or whose encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - open as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(words: Sequence[str]) -> Any:
@@ -286,6 +298,9 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
         COMMANDS[command][0](fresh)
         known = [action.dest for action in fresh._actions if action.dest not in ("help", "print_config")]
         return one_line(unknown(f"option of bench {command}", name, known))
+    dashed = re.search(r'Key "(\w+)" not found in namespace', text)
+    if dashed:  # what the parser makes of a config's key with a dash, which it takes for the option and does not find
+        return f"A config has a key {dashed[1].replace('_', '-')!r}. Write {dashed[1]}: keys of a config have no dashes."
     wrong = re.search(r'Parser key "([\w.]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', text)
     if wrong:
         return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}."

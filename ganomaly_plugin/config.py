@@ -5,9 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ganomaly_plugin.core import Job
+import yaml
+
+from ganomaly_plugin.core import Job, canonical_json
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
 from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
@@ -95,6 +98,21 @@ class Model:
         return {"detector": self.name, "hparams": resolved, "epochs": epochs, "steps": self.steps, "label": label}
 
 
+def check_keys(path: str) -> None:
+    """Raise InvalidInput when a YAML file, which has been read before, sets a key twice: the first would go unnoticed."""
+
+    def look(node: Any) -> None:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidInput(f"{path} sets {name!r} twice, and only the last would count. Keep one.")
+        for part in [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else []):
+            look(part)
+
+    look(yaml.compose(Path(path).read_text(encoding="utf-8")))
+
+
 def expand(experiment: Experiment) -> list[Job]:
     """The jobs of a sweep in the order they run: data set, protocol, class, seed, then model.
 
@@ -132,16 +150,35 @@ def expand(experiment: Experiment) -> list[Job]:
                             sampling=sampling,
                             **model_fields,
                         )
-                        jobs.setdefault(job.key, job)
+                        jobs.setdefault(_key(job), job)
     if unused:
         raise unknown("class", sorted(unused)[0], _all_categories(experiment))
     return list(jobs.values())[: experiment.limit]
 
 
+def _key(job: Job) -> str:
+    """The job's key.
+
+    Raises:
+        InvalidInput: It has an option that no record can hold, such as an infinite number.
+    """
+    try:
+        return job.key
+    except (TypeError, ValueError):
+        for name, value in {**job.data, **job.hparams}.items():
+            try:
+                canonical_json(value)
+            except (TypeError, ValueError) as error:
+                owner = job.dataset if name in job.data else job.detector
+                wanted = "Give finite numbers, text, true, false, and lists and mappings of such"
+                raise InvalidInput(f"{owner}: {name} is {value!r}, which no record can hold. {wanted}.") from error
+        raise
+
+
 def check_budget(experiment: Experiment) -> None:
     """Raise InvalidInput for a number that no sweep can have, or an empty list."""
-    for name in ("models", "datasets", "protocols"):
-        if not getattr(experiment, name):
+    for name in ("models", "datasets", "protocols", "classes"):
+        if getattr(experiment, name) in ([], ()):
             raise InvalidInput(f"{name} is empty. Give at least one; bench ls shows what there is.")
     for name in ("epochs", "steps", "limit"):
         value = getattr(experiment, name)

@@ -48,8 +48,8 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
         try:
             parsed = parser.parse_object({key: value}, defaults=False)
         except (ArgumentError, TypeError, ValueError) as error:
-            allowed = cls.__annotations__.get(key) or inspect.signature(cls).parameters[key].annotation
-            raise InvalidInput(f"{name}: {key} must be {allowed}, got {value!r}.") from error
+            allowed = hints.get(key) or inspect.signature(cls).parameters[key].annotation
+            raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.") from error
         plain[key] = parsed[key]
     return plain
 

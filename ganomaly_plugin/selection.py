@@ -44,6 +44,8 @@ def parse_options(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InvalidInput(f"Cannot read the option {part!r}. Write key=value, such as latent_dim=2.")
+        if key.strip() in options:
+            raise InvalidInput(f"The option {key.strip()} is given twice in {text!r}. Give it once.")
         try:
             options[key.strip()] = number_like(yaml.safe_load(value))
         except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ganomaly_plugin.cli import main
 from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
@@ -176,6 +177,10 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly[feature=3]"], "Did you mean 'features'"),
         (["run", "--models", "ganomaly[features=x]"], "features must be"),
         (["run", "--models", "ganomaly[features]"], "Write key=value"),
+        (["run", "--models", "ganomaly[features=2,features=4]"], "features is given twice"),
+        (["run", "--models", "ganomaly[lr=.inf]"], "ganomaly: lr is inf, which no record can hold"),
+        (["run", "--models", "ganomaly[precision=fp8]"], "precision must be Literal['float32', 'tf32', 'bf16'], got 'fp8'"),
+        (["run", "--models", "ganomaly", "--classes", ""], "classes is empty"),
         (["run", "--models", "ganomaly", "--datasets", "digit"], "Did you mean 'digits'"),
         (["run", "--models", "ganomaly", "--datasets", "digits[size=3]"], "Unknown option of data set digits"),
         (["run", "--models", "ganomaly", "--datasets", "digits[image_size=x]"], "image_size"),
@@ -223,10 +228,29 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("models: [{nam: ae}]\n", "A model is name"),
         ("models: [ae]\nhparams: 3\n", "hparams must be name: value pairs"),
         ("- models\n", "bench: error"),
+        ("models: [ae]\nclasses: []\n", "classes is empty"),
+        ("models: [ae]\ntrain-fraction: 0.5\n", "Write train_fraction"),
+        ("models: [ae]\nseeds: 1\nseeds: 2\n", "sets 'seeds' twice"),
+        ("models: [{name: ae, options: {features: 2, features: 4}}]\n", "sets 'features' twice"),
     ):
         config.write_text(text)
         code, _, stderr = bench("run", "--config", config, "--out", tmp_path / "out")
         assert code == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_nowhere_to_print_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as it is in a process that was started without one
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([*FLOOR, "--out", str(tmp_path / "out"), "--executor", "inline"]) == 0
+    assert len(records(tmp_path / "out")) == 2
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_an_encoding_without_our_signs_is_no_failure() -> None:
+    words = [sys.executable, "-m", "ganomaly_plugin", "ls", "mnist"]
+    said = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
+    assert said.returncode == 0 and rb"28\xd728" in said.stdout and said.stderr == b""
 
 
 def test_output_folders_that_cannot_be_used(bench, tmp_path: Path) -> None:
@@ -366,6 +390,13 @@ def test_classification_report_by_hand(store: Store, bench) -> None:
     # Reference scores 0..19: at a rate of 1/2 the threshold is the 11th smallest, 10; no test score (0..3) is above it.
     assert "held-out normal images" in out and ": 10 to 10, one for each of 4 jobs" in out
     assert bench("tables", store.folder, "--report", "--fpr", "1.5")[0] == 2
+    for words, wanted in (
+        (["--report", "--format", "json"], "--report prints text only"),
+        (["--per-class"], "Add --report"),
+        (["--metrics", ""], "No metric is given"),
+    ):
+        code, out, err = bench("tables", store.folder, *words)
+        assert code == 2 and out == "" and wanted in err and err.count("\n") == 1
     code, out, _ = bench("tables", store.folder, "--report", "--per-class")
     assert out.count("weighted avg") == 11
 
