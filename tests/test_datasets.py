@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ganomaly_plugin.datasets import anomalib_sets, cache, elpv, torchvision_sets, torchvision_table
-from ganomaly_plugin.datasets.base import _load_cached, load_dataset
+from ganomaly_plugin.datasets.base import ImageDataset, _load_cached, load_dataset
 from ganomaly_plugin.datasets.splits import make_split
 from ganomaly_plugin.errors import CorruptFile, InvalidInput
 
@@ -388,6 +388,38 @@ def test_all_named_industrial_sets_are_there() -> None:
     assert wanted <= set(anomalib_sets.names())
     for name in wanted - {"Kolektor"}:
         assert anomalib_sets.categories(name)
+
+
+IMAGES, LABELS = np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (None, "is a NoneType. Have its loader return an ImageDataset"),
+        (ImageDataset("m", IMAGES / 255, LABELS, ("a", "b")), "images are float64 (4, 1, 8, 8), not a non-empty uint8"),
+        (ImageDataset("m", IMAGES[:0], LABELS[:0], ("a", "b")), "images are uint8 (0, 1, 8, 8), not a non-empty"),
+        (ImageDataset("m", IMAGES[:, 0], LABELS, ("a", "b")), "images are uint8 (4, 8, 8)"),
+        (ImageDataset("m", IMAGES.tolist(), LABELS, ("a", "b")), "images are a list"),
+        (ImageDataset("m", IMAGES, LABELS[:3], ("a", "b")), "labels are no array of 4 whole numbers"),
+        (ImageDataset("m", IMAGES, LABELS.tolist(), ("a", "b")), "labels are no array of 4 whole numbers"),
+        (ImageDataset("m", IMAGES, 5 * LABELS, ("a", "b")), "labels span [0, 5], and there are 2 classes"),
+        (ImageDataset("m", IMAGES, -LABELS, ("a", "b")), "labels span [-1, 0]"),
+        (ImageDataset("m", IMAGES, LABELS, (0, 1)), "classes are not names that differ, but (0, 1)"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "a")), "classes are not names that differ"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "mean")), "a class is called 'mean'"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "b"), anomaly_classes=("c",)), "anomaly_classes ('c',) are not all"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "b"), LABELS), "is_test is no array of bool (4,)"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "b"), masks=IMAGES > 0), "masks is no array of bool (4, 8, 8)"),
+    ],
+)
+def test_a_loader_that_returns_something_else_is_named(monkeypatch: pytest.MonkeyPatch, made: object, said: str) -> None:
+    monkeypatch.setattr(anomalib_sets, "made_here", lambda *, root: made, raising=False)
+    _load_cached.cache_clear()
+    with pytest.raises(InvalidInput) as caught:
+        load_dataset("ganomaly_plugin.datasets.anomalib_sets:made_here")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    _load_cached.cache_clear()
 
 
 def test_adding_a_data_set_is_one_file_and_one_line(tmp_path: Path) -> None:

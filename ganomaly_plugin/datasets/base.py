@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,48 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def _checked(name: str, made: Any) -> ImageDataset:
+    """What the loader of `name` made, when it is as `ImageDataset` says.
+
+    Raises:
+        InvalidInput: It is not: says in what.
+    """
+    if not isinstance(made, ImageDataset):
+        raise InvalidInput(f"The data set {name} is a {type(made).__name__}. Have its loader return an ImageDataset.")
+    fault = next(_faults(made), None)
+    if fault is not None:
+        raise InvalidInput(f"The data set {name} is not usable: {fault}. Mend it.")
+    return made
+
+
+def _faults(made: ImageDataset) -> Iterator[str]:
+    """In what a data set is not as its attributes are described; each line takes those before it for mended."""
+    images, labels, classes = made.images, made.labels, made.classes
+    if not isinstance(images, np.ndarray) or images.ndim != 4 or images.dtype != np.uint8 or images.size == 0:
+        found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
+        yield f"its images are {found}, not a non-empty uint8 (n, c, h, w)"
+    n = len(images)
+    if not isinstance(labels, np.ndarray) or labels.shape != (n,) or labels.dtype.kind not in "iu":
+        yield f"its labels are no array of {n} whole numbers, one an image"
+    if not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
+        yield f"its classes are not names that differ, but {classes!r}"
+    if labels.min() < 0 or labels.max() >= len(classes):
+        yield f"its labels span [{labels.min()}, {labels.max()}], and there are {len(classes)} classes, counted from 0"
+    if "mean" in classes:
+        yield "a class is called 'mean', as tables call the mean over the classes"
+    if not set(made.anomaly_classes or ()) <= set(classes):
+        yield f"its anomaly_classes {made.anomaly_classes!r} are not all among its classes"
+    for part, shape in (("is_test", (n,)), ("masks", (n, *images.shape[2:]))):
+        array = getattr(made, part)
+        if array is not None and (not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != bool):
+            yield f"its {part} is no array of bool {shape}"
+
+
 @functools.lru_cache(maxsize=4)
 def _load_cached(name: str, root: Path, options: tuple[tuple[str, Any], ...]) -> ImageDataset:
     loader = resolve("data set", name)
     try:
-        return loader(root=root, **dict(options))
+        return _checked(name, loader(root=root, **dict(options)))
     except BenchError:
         raise
     except Exception as error:  # a loader may raise anything for files or options that it did not expect
