@@ -294,15 +294,15 @@ def data(options: Any) -> int:
     chosen = [parse_selection(item, "data set") for item in names]
     if options.action == "get":
         for selection in chosen:
-            print("\n".join(inspect.get(selection.name, root, **selection.options)))
+            print("\n".join(map(printable, inspect.get(selection.name, root, **selection.options))))
         return 0
     for name, its in [each for selection in chosen for each in expand(selection.name, root, dict(selection.options))]:
         if options.action == "check":
             report = inspect.check(name, root, **its)
-            print("\n".join(report.lines()))
+            print("\n".join(map(printable, report.lines())))
             ok &= report.ok
         else:
-            print("\n".join(inspect.describe_lines(inspect.describe(name, root, **its))))
+            print("\n".join(map(printable, inspect.describe_lines(inspect.describe(name, root, **its)))))
     return 0 if ok else 1
 
 

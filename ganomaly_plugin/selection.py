@@ -87,7 +87,10 @@ def parse_selection(item: Any, what: str) -> Selection:
     match = _FORM.fullmatch(str(item).strip())
     if match is None:
         raise InvalidInput(f"Cannot read the {what} {item!r}. Write name or name[key=value,key=value].")
-    return Selection(match["name"].strip(), parse_options(match["options"] or ""))
+    name = match["name"].strip()
+    if name.endswith(":"):
+        raise InvalidInput(f"The {what} {name!r} ends in its colon. Write what is meant behind it, as in folder:PATH.")
+    return Selection(name, parse_options(match["options"] or ""))
 
 
 def show(name: str, options: Mapping[str, Any]) -> str:

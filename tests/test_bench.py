@@ -181,6 +181,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly[lr=.inf]"], "ganomaly: lr is inf, which no record can hold"),
         (["run", "--models", "ganomaly[precision=fp8]"], "precision must be Literal['float32', 'tf32', 'bf16'], got 'fp8'"),
         (["run", "--models", "ganomaly", "--classes", ""], "classes is empty"),
+        (["run", "--models", "ganomaly", "--datasets", "folder:"], "as in folder:PATH"),
         (["run", "--models", "ganomaly", "--datasets", "digit"], "Did you mean 'digits'"),
         (["run", "--models", "ganomaly", "--datasets", "digits[size=3]"], "Unknown option of data set digits"),
         (["run", "--models", "ganomaly", "--datasets", "digits[image_size=x]"], "image_size"),

@@ -343,4 +343,33 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (base / "train/0.normal/Thumbs.db").write_text("x")
     (base / "train/0.normal/._0.png").write_text("x")
     save(base / "train/0.normal/deeper/9.PNG")
-    assert len(load(base, tmp_path).images) == 10
+    dataset = load(base, tmp_path)
+    assert len(dataset.images) == 10 and dataset.source["other_files"] == {".db": 1}
+    assert "  not read, for their endings: 1 .db" in check(f"folder:{base}", tmp_path).lines()
+
+
+def test_a_link_to_a_folder_above_brings_in_no_anomalies(tmp_path: Path) -> None:
+    base = tmp_path / "f"
+    for k in range(4):
+        save(base / f"good/{k}.png", k)
+        save(base / f"bad/{k}.png", 90 + k)
+    (base / "good/up").symlink_to("..")
+    with pytest.raises(BadImages, match=r"good/up \(a symlink loop\)"):
+        load(base, tmp_path)
+    assert load(base, tmp_path, on_bad_image="skip").labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_folder_names_that_are_no_text_are_refused(tmp_path: Path, bench) -> None:
+    base = authors(tmp_path / "f")
+    (base / "test/1.abnormal").rename(os.fsdecode(os.fsencode(base / "test") + b"/l\xf6cher"))
+    code, _, err = bench("run", "--models", "mean_intensity", "--datasets", f"folder:{base}", "--out", tmp_path / "out")
+    assert code == 2 and "The folder name l?cher is no text in UTF-8" in err and not (tmp_path / "out").exists()
+
+
+def test_names_of_bad_files_are_printed_without_what_steers_terminals(tmp_path: Path, bench) -> None:
+    base = authors(tmp_path / "f")
+    (base / "train/0.normal/a\x1b[31m\nb.png").write_text("x")
+    code, out, _ = bench("data", "check", f"folder:{base}")
+    assert code == 1 and "a?[31m?b.png: not an image" in out
+    code, out, _ = bench("data", "ls", f"folder:{base}")
+    assert "not usable. " in out and "\x1b" not in out

@@ -182,3 +182,11 @@ def test_other_defects_take_no_part(protocol: str) -> None:
 def test_good_against_all_defects() -> None:
     dataset = labelled([60, 5, 7], [20, 10, 8], classes=("good", "crack", "dirt"), anomaly_classes=("crack", "dirt"))
     assert sizes(make_split(dataset, NORMAL, "good", 0)) == (54, 6, 20, 18)
+
+
+def test_too_few_of_a_kind_to_test_a_fifth_of_says_so() -> None:
+    with pytest.raises(InvalidInput, match=r"no anomalous image .*: a fifth of each class is tested, and 2 are too few"):
+        make_split(labelled([20, 2]), STRICT, "1", 0)
+    with pytest.raises(InvalidInput, match=r"no anomalous image \(made, class 1, one-anomalous/strict-v1\); AUROC"):
+        make_split(labelled([20, 2], [5, 0]), STRICT, "1", 0)
+    assert sizes(make_split(labelled([20, 2]), PAPER, "1", 0)) == (16, 0, 4, 2)

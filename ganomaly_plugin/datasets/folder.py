@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from ganomaly_plugin.datasets.base import ImageDataset
 from ganomaly_plugin.datasets.decode import SUFFIXES, BadImage
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem, load_listing, stamped
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.escape import printable
 
 NORMAL, ANOMALY = "good", "anomaly"
 _LAYOUTS = (
@@ -30,7 +32,8 @@ def load(
     """The images of a folder; `folder:PATH` in a config or on the command line.
 
     Every format Pillow reads: palettes and CMYK become RGB, alpha is composited on black, 16-bit values are scaled
-    from [0, 65535], EXIF orientation is applied. Colour images need not be of one size.
+    from [0, 65535], EXIF orientation is applied, of several images in a file the first is read. Colour images need not
+    be of one size.
 
     Args:
         path: The folder, as it is or below the data root.
@@ -75,17 +78,21 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     if not base.is_dir():
         raise InvalidInput(f"There is no folder {base.absolute()}, nor {(root / base).absolute()}. Give folder:PATH.")
     problems: list[Problem] = []
+    others: Counter[str] = Counter()
     try:
         found = _class_folders(base, problems)
     except OSError as error:
         raise InvalidInput(f"{base.absolute()} cannot be read: {_reason(error)}. Mend its permissions.") from error
+    for name in (path, *(folder.name for _, _, folder in found)):
+        if name != name.encode("utf-8", "replace").decode():
+            raise InvalidInput(f"The folder name {printable(name)} is no text in UTF-8, which no table can show. Rename it.")
     kinds = sorted({kind for _, kind, _ in found if kind is not None})
     counts = dict.fromkeys(kinds, 0)
     files: list[ImageFile] = []
     for is_test, kind, folder in found:
         masks = base / "ground_truth" / folder.name if (base / "ground_truth").is_dir() else None
         label = 0 if kind is None else 1 if defects == "together" else 1 + kinds.index(kind)
-        images = _images(folder, label, is_test, masks if kind is not None and is_test else None, problems)
+        images = _images(folder, label, is_test, masks if kind is not None and is_test else None, problems, others)
         files += images
         if kind is not None:
             counts[kind] += len(images)
@@ -99,7 +106,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
         official,
         (base / "ground_truth").is_dir(),
         problems,
-        {"files": len(files), "defects": counts},
+        {"files": len(files), "defects": counts, **({"other_files": dict(sorted(others.items()))} if others else {})},
     )
 
 
@@ -127,10 +134,16 @@ def _class_folders(base: Path, problems: list[Problem]) -> list[tuple[bool, str 
     return found
 
 
-def _images(folder: Path, label: int, is_test: bool, masks: Path | None, problems: list[Problem]) -> list[ImageFile]:
+def _images(
+    folder: Path, label: int, is_test: bool, masks: Path | None, problems: list[Problem], others: Counter[str]
+) -> list[ImageFile]:
+    """The image files below `folder`; files whose names do not end like images are counted in `others` by their ending."""
     before = len(problems)
     files = []
-    for path in _walk(folder, problems):
+    for path in _walk(folder, problems, tuple(map(_inode, folder.absolute().parents))):
+        if path.suffix.lower() not in SUFFIXES:
+            others[path.suffix.lower() or "none"] += 1
+            continue
         try:
             mask = None if masks is None else _mask_of(masks / path.relative_to(folder))
             files.append(stamped(path, label, is_test, mask))
@@ -154,10 +167,9 @@ def _mask_of(place: Path) -> Path:
 
 
 def _walk(folder: Path, problems: list[Problem], above: tuple[tuple[int, int], ...] = ()) -> list[Path]:
-    """Image files below `folder`, sorted, links followed; a link back to a folder above is a problem."""
+    """Files below `folder`, sorted, the hidden left out, links followed; a link back to a folder `above` is a problem."""
     try:
-        status = folder.stat()
-        inode = (status.st_dev, status.st_ino)
+        inode = _inode(folder)
         if inode in above:
             problems.append(Problem(folder, "a symlink loop"))
             return []
@@ -178,9 +190,14 @@ def _walk(folder: Path, problems: list[Problem], above: tuple[tuple[int, int], .
             continue
         if is_folder:
             paths += _walk(path, problems, (*above, inode))
-        elif path.suffix.lower() in SUFFIXES:
+        else:
             paths.append(path)
     return paths
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _reason(error: OSError) -> str:

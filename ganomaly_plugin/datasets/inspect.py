@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Report:
         duplicates: Groups of equal images inside one part, or inside a data set without parts.
         conflicts: Groups of equal images whose labels differ.
         counts: Images beyond the first of each group of duplicates, and test images that are in train too.
+        others: Files that are not read, for their names do not end like images: ending → how many.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Report:
     duplicates: list[list[str]] = field(default_factory=list)
     conflicts: list[list[str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -52,6 +54,8 @@ class Report:
         """The report for people, one finding a line."""
         lines = [f"{self.name}: {self.images:,} usable images, {len(self.problems):,} problems"]
         lines += [f"  {problem}" for problem in self.problems]
+        if self.others:
+            lines.append(f"  not read, for their endings: {', '.join(f'{n:,} {ending}' for ending, n in self.others.items())}")
         lines.append(f"  in both train and test (leakage): {self.counts.get('leaked', 0):,} test images")
         lines += _examples(self.leaks)
         lines.append(f"  repeated inside a part: {self.counts.get('repeated', 0):,} images")
@@ -103,7 +107,8 @@ def describe(name: str, root: str | Path | None = None, **options: Any) -> dict[
 def describe_lines(content: dict[str, Any]) -> list[str]:
     """`describe`'s content for people."""
     if not content["found"]:
-        return [f"{content['name']}: not found. {content['reason']}"]
+        state = "not usable" if "folder" in content else "not found"
+        return [f"{content['name']}: {state}. {content['reason']}"]
     n, c, h, w = content["shape"]
     lines = [f"{content['name']}: {n:,} images of {c}×{h}×{w}, sha256 {content['digest'][:16]}"]
     lines.append(f"  in {content.get('folder', content['root'])}")
@@ -221,7 +226,7 @@ def _check_listing(listing: Listing) -> Report:
     good = [(file, seen) for file, seen in zip(listing.files, found, strict=True) if isinstance(seen, bytes)]
     problems = [*listing.problems, *(seen for seen in found if isinstance(seen, Problem)), *_lonely(listing)]
     problems = [Problem(Path(listing.shown(problem.path)), problem.reason) for problem in problems]
-    return _report(
+    report = _report(
         listing.name,
         [seen for _, seen in good],
         [listing.shown(file.path) for file, _ in good],
@@ -229,6 +234,7 @@ def _check_listing(listing: Listing) -> Report:
         [file.is_test for file, _ in good] if listing.official_split else None,
         problems,
     )
+    return replace(report, others=listing.source.get("other_files", {}))
 
 
 def _lonely(listing: Listing) -> Iterator[Problem]:

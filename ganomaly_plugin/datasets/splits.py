@@ -191,7 +191,10 @@ def make_split(
     anomalous = int(split.is_anomaly.sum())
     if anomalous in (0, len(split.test)):
         kind = "anomalous" if anomalous == 0 else "normal"
-        raise InvalidInput(f"The test part has no {kind} image ({where}); AUROC needs both kinds. Add some, or drop the class.")
+        there = int((is_anomalous if anomalous == 0 else is_normal).sum())
+        why = f": a fifth of each class is tested, and {there} are too few" if dataset.is_test is None and there else ""
+        todo = "Add some, or drop the class."
+        raise InvalidInput(f"The test part has no {kind} image ({where}){why}; AUROC needs both kinds. {todo}")
     return dataclasses.replace(split, digest=_digest(dataset, protocol_id, split, train_fraction, contamination))
 
 
