@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -40,18 +41,29 @@ def raw(value: Any) -> Any:
 
 def build_parser() -> Any:
     """The parser of all commands."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter):
+        """Help as written here, with the default where it is a value and not told in words."""
+
+        def _get_help_string(self, action: Any) -> str:
+            text, value = str(action.help), action.default
+            if "(default" in text or value in (None, [], False, argparse.SUPPRESS):
+                return text
+            return f"{text} (default: {','.join(value) if isinstance(value, list) else value})"
 
     parser = ArgumentParser(
         prog="bench",
         description="Honest, fast benchmarks of GAN-based image anomaly detection.",
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"ganomaly-plugin {__version__}")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (add, text) in COMMANDS.items():
-        command = ArgumentParser(description=text[0].upper() + text[1:] + ".", exit_on_error=False, allow_abbrev=False)
+        described = text[0].upper() + text[1:] + "."
+        command = ArgumentParser(description=described, exit_on_error=False, allow_abbrev=False, formatter_class=Help)
         add(command)
         commands.add_subcommand(name, command, help=text)
     return parser
@@ -70,7 +82,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--hparams", type=raw, help="hyperparameters for every model that has them: features=16,lr=1e-4")
     parser.add_argument("--precision", type=str, help="float32, tf32 or bf16, of training; part of the job (default: float32)")
     parser.add_argument("--train_fraction", "--train-fraction", type=float, help="share of the normals to train on, (0, 1]")
-    parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 1)")
+    parser.add_argument("--contamination", type=float, help="share of the training images that are anomalies, [0, 0.5]")
     parser.add_argument("--on_bad_image", "--on-bad-image", type=str, help="fail or skip, for data sets that read image files")
     parser.add_argument("--trust", type=names, help="modules whose class paths a --config may name, such as my_package")
     parser.add_argument("--limit", type=int, help="only the first so many jobs")
@@ -78,7 +90,9 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
     parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--trainer", type=str, help="auto, plain, compiled; stacked: seeds and classes in one; or stacked-WAY")
-    parser.add_argument("--cuda_graphs", "--cuda-graphs", type=bool, default=True, help="stacks on a GPU replay their steps")
+    parser.add_argument(
+        "--cuda_graphs", "--cuda-graphs", type=bool, default=True, help="GPU stacks replay steps (default: true)"
+    )
     parser.add_argument("--stack", type=int, help="models trained together at most (default: 64, or what the memory holds)")
     parser.add_argument("--executor", type=str, help="local: in worker processes (default); inline: in this one; ray; slurm")
     parser.add_argument("--workers", type=int, help="worker processes (default: 1)")
@@ -125,7 +139,7 @@ def _add_plot(parser: Any) -> None:
     parser.add_argument("kind", type=str, help="roc, pr, histograms, bars, losses, speed, samples, epochs, critical-difference")
     parser.add_argument("results", type=str, help="results folder")
     parser.add_argument("--out", type=str, required=True, help="file to write: .pdf, .svg or .png")
-    parser.add_argument("--width", type=float, default=3.3, help="in inches (default: one column of a two-column paper)")
+    parser.add_argument("--width", type=float, default=3.3, help="in inches (default: 3.3, one column of a two-column paper)")
     parser.add_argument("--detectors", type=names, default=[], help="only these, by name or as tables call them")
     parser.add_argument("--classes", type=names, default=[], help="only these")
     parser.add_argument("--datasets", type=names, default=[], help="only these, by name or as tables call them")

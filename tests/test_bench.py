@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ganomaly_plugin.cli import main
+from ganomaly_plugin.cli import COMMANDS, main
 from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
@@ -237,6 +238,19 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         config.write_text(text)
         code, _, stderr = bench("run", "--config", config, "--out", tmp_path / "out")
         assert code == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_as_written(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and not any(each in text for each in ("<function", ": null", "SUPPRESS", "(required"))
+    assert text.count("(default: ") == len(re.findall(r"\(default: [^()]+\)", text))
+    if command == "run":
+        assert "anomalies, [0, 0.5]" in text and "(default: digits)" in text
+    if command == "speed":
+        assert "(default: training,scoring)" in text and "(default: 1000)" in text
 
 
 def test_nowhere_to_print_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
