@@ -111,7 +111,8 @@ class GanomalyPlusRecipe(GanomalyRecipe):
     """GANomaly's networks and losses with a score that is calibrated on normal images.
 
     Args:
-        features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial, redraw_below: As GANomaly's.
+        features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial: As GANomaly's.
+        redraw_below: As GANomaly's; it is D's whole loss that counts, with `w_turn` that of the turns too.
         w_turn: Weight of D's task to tell an image's quarter turns, in D's loss; 0 leaves it out.
         score_by: "combined" (the root mean square of `parts`), or another of `score_names`: a part alone, all without one
             view ("without_image"), one statistic ("without_nearest"), parts that are lower than normal ("without_below") or
