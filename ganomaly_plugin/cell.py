@@ -90,7 +90,7 @@ class Cell:
             metrics["oracle_epoch"] = float(np.argmax(aurocs)) + 1
             history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(aurocs)]
         notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
-        notes["source"] = dict(self.dataset.source)
+        notes["source"], notes["data"] = dict(self.dataset.source), self.dataset.digest
         test = self.dataset.images[split.test]
         if self.dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
             metrics |= _pixel_metrics(detector, test, self.dataset.masks[split.test], notes)

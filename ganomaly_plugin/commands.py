@@ -103,7 +103,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.report.frame import runs_frame
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
     from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
-    from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, sweep
+    from ganomaly_plugin.runner import Settings, check_unchanged, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.stacking import Stacking
     from ganomaly_plugin.store import Store
 
@@ -118,13 +118,15 @@ def run(options: Any) -> int:
     trainer = options.trainer or "auto"
     stacking = Stacking(trainer, on_gpu=device == "cuda", most=options.stack, workers=where.at_once)
     check_loggers(options.logger or ())
-    jobs = expand(experiment)
+    splits: dict[str, str] = {}
+    jobs = expand(experiment, splits)
     out = Path(experiment.out)
     if options.dry_run:
         plan = make_plan(jobs, Store(out) if Store.marker_of(out).is_file() else None, retry_failed=options.retry_failed)
         return _print_plan(plan, out)
     store = Store(out, create=True)
     plan = make_plan(jobs, store, retry_failed=options.retry_failed)
+    check_unchanged(plan, store, splits)
     note = f"{len(jobs)} jobs: {len(plan.done)} done before, {len(plan.failed)} failed before, {len(plan.missing)} to run"
     print(f"{note} → {out}", file=sys.stderr)
     if plan.failed:

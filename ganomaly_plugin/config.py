@@ -113,8 +113,12 @@ def check_keys(path: str) -> None:
     look(yaml.compose(Path(path).read_text(encoding="utf-8")))
 
 
-def expand(experiment: Experiment) -> list[Job]:
+def expand(experiment: Experiment, splits: dict[str, str] | None = None) -> list[Job]:
     """The jobs of a sweep in the order they run: data set, protocol, class, seed, then model.
+
+    Args:
+        experiment: The sweep.
+        splits: Where the digest of each job's split goes, by the job's key.
 
     Raises:
         InvalidInput: Anything in the experiment is unknown, not allowed or not there; nothing has been run then.
@@ -139,7 +143,7 @@ def expand(experiment: Experiment) -> list[Job]:
             fields = [model.job_fields(protocol) for model in models]
             for category in chosen:
                 for seed in experiment.seeds:
-                    make_split(dataset, protocol.id, category, seed, **sampling)
+                    split = make_split(dataset, protocol.id, category, seed, **sampling)
                     for model_fields in fields:
                         job = Job(
                             dataset=name,
@@ -151,6 +155,8 @@ def expand(experiment: Experiment) -> list[Job]:
                             **model_fields,
                         )
                         jobs.setdefault(_key(job), job)
+                        if splits is not None:
+                            splits[job.key] = split.digest
     if unused:
         raise unknown("class", sorted(unused)[0], _all_categories(experiment))
     return list(jobs.values())[: experiment.limit]

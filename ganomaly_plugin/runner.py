@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ganomaly_plugin.cell import Cell
 from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import BenchError, one_line
+from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.provenance import environment
@@ -164,6 +164,16 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
             plan.missing.append(job)
             plan.again += [record] if record is not None else []
     return plan
+
+
+def check_unchanged(plan: Plan, store: Store, splits: Mapping[str, str]) -> None:
+    """Raise InvalidInput when finished jobs of `plan` are of other images or splits than `splits` has for them now."""
+    stale = [record.job for record in plan.done if record.split_digest not in (None, splits.get(record.job.key))]
+    if stale:
+        raise InvalidInput(
+            f"{stale[0].dataset} has changed: {len(stale)} of {len(plan.done)} finished jobs are of other images or splits, "
+            f"and are not repeated. Give another --out, or delete their records, such as {store.record_path(stale[0])}."
+        )
 
 
 #: Which jobs go together: every job in exactly one chunk.

@@ -348,6 +348,24 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert "  not read, for their endings: 1 .db" in check(f"folder:{base}", tmp_path).lines()
 
 
+def test_a_folder_that_changed_is_neither_taken_for_done_nor_mixed(tmp_path: Path, bench) -> None:
+    base, out = authors(tmp_path / "f"), tmp_path / "out"
+    words = ["run", "--models", "mean_intensity", "--datasets", f"folder:{base}", "--out", out]
+    assert bench(*words)[0] == 0 and bench(*words)[0] == 0
+    save(base / "train/0.normal/9.png", 99)
+    _load_cached.cache_clear()  # which another process would not have
+    for seeds in ("0", "0-1"):
+        code, stdout, err = bench(*words, "--seeds", seeds)
+        assert code == 2 and stdout == "" and err.count("\n") == 1
+        assert "has changed: 1 of 1 finished jobs are of other images" in err and "delete their records, such as" in err
+    for again in ([*words, "--seeds", "1"], ["tables", out], ["report", out]):
+        code, stdout, err = bench(*again)
+        assert code == 2 and stdout == "" and "were made from different images: the data changed in between" in err
+    (old,) = (out / "records").glob("*-s0-*.json")
+    old.unlink()
+    assert bench(*words, "--seeds", "0-1")[0] == 0 and bench("tables", out)[0] == 0
+
+
 def test_a_link_to_a_folder_above_brings_in_no_anomalies(tmp_path: Path) -> None:
     base = tmp_path / "f"
     for k in range(4):

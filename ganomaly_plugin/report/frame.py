@@ -75,7 +75,7 @@ def _flatten(prefix: str, values: Mapping[str, Any], row: dict[str, Any]) -> Non
 
 
 def check_comparable(frame: pd.DataFrame) -> None:
-    """Raise InvalidInput when two rows of one table cell were made from different splits of the data."""
+    """Raise InvalidInput when rows of one table were made from different images, or those of one cell from other splits."""
     cell = [*GROUP, "class", "seed"]
     done = frame.loc[frame["status"] == "done", [*cell, "split_digest", "key"]]
     splits = done.dropna(subset="split_digest").drop_duplicates([*cell, "split_digest"])
@@ -87,3 +87,15 @@ def check_comparable(frame: pd.DataFrame) -> None:
             f"Records {a} and {b} ({where['dataset']}, {where['protocol']}, class {where['class']}, seed {where['seed']}) were "
             "made from different images or splits: the data changed in between. Delete the older of the two and run again."
         )
+    if "notes.data" not in frame:  # records of older versions do not tell
+        return
+    known = frame[frame["status"] == "done"].dropna(subset="notes.data")
+    parts = [*GROUP, *(["notes.source.category"] if "notes.source.category" in frame else [])]  # each has its own images
+    for _, part in known.groupby(parts, dropna=False, sort=False):
+        one = part.drop_duplicates("notes.data")
+        if len(one) > 1:
+            (a, b), where = one["key"].iloc[:2], one.iloc[0]
+            raise InvalidInput(
+                f"Records {a} and {b} ({where['dataset']}, {where['protocol']}) were made from different images: the data "
+                "changed in between. Delete those of the older images and run again."
+            )
