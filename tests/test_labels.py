@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ganomaly_plugin.core import Job, RunRecord
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.labels import distinctly_labelled
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import make_tables
@@ -48,3 +49,17 @@ def test_a_label_names_what_differs_from_the_protocol(tmp_path: Path, bench) -> 
 @pytest.mark.parametrize("value", [1e-4, 0.5, 50.0, 0.12345678, 1234567.0, 1e-300, 2 / 3])
 def test_a_label_reads_back_as_it_was(value: float) -> None:
     assert parse_selection(show("ae", {"lr": value}), "model").options["lr"] == value
+
+
+def test_categories_have_images_of_their_own_and_others_do_not() -> None:
+    first = replace(record(0.9), notes={"data": "a"}, split_digest="1")
+    other = replace(first, job=replace(first.job, seed=1), notes={"data": "b"}, split_digest="2")
+    with pytest.raises(InvalidInput, match="were made from different images"):
+        make_tables(runs_frame([first, other]))
+    named = [
+        replace(each, job=replace(each.job, category="anomaly", data={**each.job.data, "category": name}))
+        for each, name in ((first, "bottle"), (other, "zipper"))
+    ]
+    assert make_tables(runs_frame(named))[0].columns == ("bottle", "zipper", "mean")
+    old = replace(other, notes={})  # from before records told
+    assert make_tables(runs_frame([first, old]))[0].columns == ("x", "mean")

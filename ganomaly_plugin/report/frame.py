@@ -16,7 +16,9 @@ ANOMALY = "anomaly"  # the class that all defects of a category share
 GROUP = ["dataset", "data", "protocol", "sampling"]
 
 _PLAIN = {str, int, float, bool, type(None)}
-_FIXED = {"detector", "class", "seed", "status", "epochs", "error", "name", "key", "split_digest", "reference", *GROUP}
+_FIXED = {"detector", "class", "category", "seed", "status", "epochs", "error", "name", "key", "split_digest", "reference"} | {
+    *GROUP
+}
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -42,6 +44,8 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "data": canonical_json(data),
             "sampling": canonical_json(dict(job.sampling)),
         }
+        if "category" in job.data:
+            row["category"] = str(job.data["category"])
         nested = {"hparams": job.hparams, "counts": record.counts, "seconds": record.seconds}
         for group, values in {**nested, "notes": record.notes, "environment": record.environment}.items():
             _flatten(group, values, row)
@@ -90,7 +94,7 @@ def check_comparable(frame: pd.DataFrame) -> None:
     if "notes.data" not in frame:  # records of older versions do not tell
         return
     known = frame[frame["status"] == "done"].dropna(subset="notes.data")
-    parts = [*GROUP, *(["notes.source.category"] if "notes.source.category" in frame else [])]  # each has its own images
+    parts = [*GROUP, *(["category"] if "category" in frame else [])]  # each has images of its own
     for _, part in known.groupby(parts, dropna=False, sort=False):
         one = part.drop_duplicates("notes.data")
         if len(one) > 1:
