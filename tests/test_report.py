@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -114,8 +115,11 @@ def test_a_page_is_whole_escaped_and_the_same_again(tmp_path: Path, bench) -> No
     assert bench("report", store.folder, "--out", tmp_path / "again.html")[0] == 0
     assert (tmp_path / "again.html").read_bytes() == path.read_bytes()
     assert bench("tables", store.folder)[0] == 0  # the page beside the records is in nobody's way
-    code, _, err = bench("report", store.folder, "--out", tmp_path / "no" / "x.html")
-    assert code == 2 and "Cannot write" in err
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("no/x.html", "pipe"):
+        code, _, err = bench("report", store.folder, "--out", tmp_path / place)
+        assert code == 2 and "Cannot write" in err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_sample_images_keep_to_their_budget(tmp_path: Path) -> None:
