@@ -245,6 +245,18 @@ def test_exports_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "Anogan"])
+@pytest.mark.filterwarnings("ignore")  # tracing warns of each Python number
+def test_a_traced_module_takes_batches_of_any_size(name: str) -> None:
+    model, images = (
+        small(name).eval().requires_grad_(False).model,
+        torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    )
+    traced = torch.jit.trace(lambda batch: model(batch).pred_score, images[:2])
+    for n in (1, 5):
+        assert torch.allclose(traced(images[:n]), model(images[:n]).pred_score, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "Anogan"])
 @pytest.mark.anomalib_cli
 def test_onnx_and_openvino_give_the_scores_of_torch(name: str, tmp_path: Path) -> None:
     """`pytest -m anomalib_cli`; needs pip install ganomaly-plugin[export]."""

@@ -267,14 +267,14 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         x_hat, z, z_hat = networks["generator"](x)
         _, features = networks["discriminator"](turned(x))
         _, features_hat = networks["discriminator"](x_hat)
-        of_turns = features.split(len(x))
+        of_turns = features.unflatten(0, (TURNS, -1))  # (turns, n, w, s, s)
         vectors = {
             "image": x,
             "levelled": levelled(images),
             "latent": torch.cat([z, z - z_hat], 1),
             "residual": x - x_hat,
             "feature": of_turns[0],
-            "turned": torch.cat([of_turn.mean((2, 3)) for of_turn in of_turns], 1),
+            "turned": of_turns.mean((3, 4)).transpose(0, 1),
             "feature_hat": features_hat,
         }
         return {view: vector.flatten(1) for view, vector in vectors.items()}
