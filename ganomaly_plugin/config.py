@@ -90,7 +90,7 @@ class Model:
         if self.takes_batchnorm:  # a name without options means the protocol's, and another choice shows
             defaults["batchnorm"] = protocol.batchnorm
         shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
-        if epochs is not None and epochs != self.default_epochs:
+        if epochs is not None and (self.default_steps is not None or epochs != self.default_epochs):
             shown["epochs"] = epochs
         if self.steps is not None and self.steps != self.default_steps:
             shown["steps"] = self.steps

@@ -46,6 +46,14 @@ def test_a_label_names_what_differs_from_the_protocol(tmp_path: Path, bench) -> 
     assert [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]] == ["ganomaly", "ganomaly[batchnorm=batch]"]
 
 
+def test_a_label_names_a_budget_that_is_not_the_methods_own(tmp_path: Path, bench) -> None:
+    models = "ganomaly_plus,ganomaly_plus[epochs=15],ganomaly_plus[steps=200],ganomaly,ganomaly[epochs=15]"
+    words = ["--datasets", "digits", "--classes", "0", "--out", tmp_path / "out", "--dry-run"]
+    _, stdout, _ = bench("run", "--models", models, *words)
+    names = [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]]
+    assert names == ["ganomaly_plus", "ganomaly_plus[epochs=15]", "ganomaly"]
+
+
 @pytest.mark.parametrize("value", [1e-4, 0.5, 50.0, 0.12345678, 1234567.0, 1e-300, 2 / 3])
 def test_a_label_reads_back_as_it_was(value: float) -> None:
     assert parse_selection(show("ae", {"lr": value}), "model").options["lr"] == value
