@@ -123,10 +123,16 @@ def _same_scores(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bo
 
 def _split_conflicts(records: Iterable[RunRecord]) -> list[str]:
     digests: dict[str, RunRecord] = {}
+    images: dict[str, RunRecord] = {}
     problems = []
     for record in records:
         if record.split_digest is None:
             continue
+        if "data" in record.notes:  # of the images; records of older versions do not tell
+            first = images.setdefault(canonical_json([record.job.dataset, record.job.data]), record)
+            if first.notes["data"] != record.notes["data"]:
+                problems.append(f"{first.job.title} and {record.job.title}: made from different images")
+                continue
         first = digests.setdefault(cell(record.job), record)
         if first.split_digest != record.split_digest:
             problems.append(f"{first.job.title} and {record.job.title}: other splits of the data, so their files differ")
