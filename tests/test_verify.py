@@ -110,10 +110,15 @@ def record(path: Path, config: dict) -> Path:
     ],
 )
 def test_configurations_of_the_format(tmp_path: Path, change: dict) -> None:
+    """In float64: where gradients are near zero, Adam makes whole steps of the signs that rounding gives them."""
     config = {"image_size": 32, "channels": 1, "latent_dim": 6, "features": 2, "extra_layers": 0, "batch_size": 5}
     config |= {"w_adv": 1, "w_con": 50, "w_enc": 1, "lr": 2e-4, "betas": [0.5, 0.999]} | change
-    differences = verify(record(tmp_path / "made.npz", config))
-    assert all(d.passed for d in differences), differences
+    torch.set_default_dtype(torch.float64)
+    try:
+        differences = verify(record(tmp_path / "made.npz", config))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(d.largest < 1e-9 for d in differences), differences
 
 
 def test_unusable_recordings_are_one_line_errors(golden: list[Path], tmp_path: Path, bench) -> None:
