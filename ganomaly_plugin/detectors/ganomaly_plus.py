@@ -69,18 +69,6 @@ def turn_loss(logits: Tensor) -> Tensor:
     return -chances.diagonal(dim1=0, dim2=2).mean()
 
 
-class TurnClassifier(nn.Module):
-    """Logits `(n, 4)`, one a quarter turn, of D's features."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, TURNS)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The logits of `features` `(n, w, s, s)`."""
-        return self.linear(features.flatten(1))
-
-
 class NormalModel(nn.Module):
     """What calibration learns of normal images: what each view is like, the scale of each part, and how parts go together.
 
@@ -197,7 +185,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             "turned": TURNS * features.shape[1],
         }
         if self.w_turn:
-            networks["turns"] = TurnClassifier(features.numel())
+            networks["turns"] = nn.Sequential(nn.Flatten(), nn.Linear(features.numel(), TURNS))
         return networks | {"calibration": NormalModel(sizes, self.components, chw, self._means)}
 
     @property
@@ -330,11 +318,12 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             self._fit(model, {view: vector[~left_out] for view, vector in vectors.items()})
             crossed.append(self._parts(model, {view: vector[left_out] for view, vector in vectors.items()}))
         self._fit(model, vectors)
-        own = self._parts(model, vectors if held_out is train else self._all_views(networks, held_out))
-        known = torch.cat(crossed) if crossed else own
         if held_out is train:
+            known = torch.cat(crossed) if crossed else self._parts(model, vectors)
             model.scale.fit(known)
         else:
+            own = self._parts(model, self._all_views(networks, held_out))
+            known = torch.cat(crossed) if crossed else own
             model.scale.fit(own, known, worth=FEWEST_HELD_OUT)
         model.whitening.fit(model.scale(known)[:, : len(PARTS)])
 
