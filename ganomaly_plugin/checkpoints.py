@@ -14,6 +14,7 @@ from torch import Tensor
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
 
@@ -35,8 +36,8 @@ def load_authors_checkpoint(
         InvalidInput: A file is not there.
         CorruptFile: A file is damaged, or holds no GANomaly weights.
     """
-    generator = _read(Path(net_g))
-    sizes = _sizes(generator, Path(net_g))
+    generator = _read(as_path(net_g))
+    sizes = _sizes(generator, as_path(net_g))
     side = sizes.pop("image_size")
     channels = sizes.pop("channels")
     detector = make_detector("ganomaly", **sizes, **hparams)
@@ -44,7 +45,7 @@ def load_authors_checkpoint(
     chw = (channels, side, side)
     states: dict[str, Mapping[str, Tensor]] = {"generator": generator}
     if net_d is not None:
-        states["discriminator"] = _read(Path(net_d))
+        states["discriminator"] = _read(as_path(net_d))
     else:
         states["discriminator"] = detector.recipe.build(chw)["discriminator"].state_dict()
     return detector.set_networks(states, chw, resolve_device(device))
@@ -61,7 +62,7 @@ def save_authors_checkpoint(detector: RecipeDetector, folder: str | os.PathLike[
         raise InvalidInput(f"Only ganomaly has the authors' checkpoint format, got {detector.name or type(detector).__name__}.")
     if not hasattr(detector, "networks_"):
         raise NotFitted("ganomaly is not fitted; call fit(images) first.")
-    target = Path(folder)
+    target = as_path(folder)
     if not target.is_dir():
         raise InvalidInput(f"No folder at {target}. Create it first.")
     for name, file in _FILES.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class BenchError(Exception):
@@ -38,7 +38,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def unknown(kind: str, name: str, known: Iterable[str], *, todo: str = "") -> InvalidInput:
+def check_known(kind: str, name: object, known: Collection[str], *, todo: str = "") -> None:
+    """Raise the error of `unknown` unless `name` is text and among `known`."""
+    if not isinstance(name, str) or name not in known:
+        raise unknown(kind, name, known, todo=todo)
+
+
+def unknown(kind: str, name: object, known: Iterable[str], *, todo: str = "") -> InvalidInput:
     """The error for a name that is not among `known`, with the nearest known name first."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)

@@ -9,7 +9,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ganomaly_plugin.errors import InvalidInput
+
 _LITTER = 3600.0  # seconds after which a part of a file is nobody's work any more
+
+
+def as_path(path: object) -> Path:
+    """`path` as a Path.
+
+    Raises:
+        InvalidInput: It is neither text nor a Path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidInput(f"A path must be text or a Path, got {path!r}.")
+    return Path(path)
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 
 
 def default_hparams(cls: type) -> dict[str, Any]:
@@ -30,8 +30,7 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
     """
     known = default_hparams(cls)
     for key in hparams:
-        if key not in known:
-            raise unknown(f"hyperparameter of {name}", key, known)
+        check_known(f"hyperparameter of {name}", key, known)
     if not hparams:
         return {}
     from jsonargparse import ArgumentError, ArgumentParser

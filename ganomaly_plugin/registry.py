@@ -72,6 +72,7 @@ DATASETS = (
     _builtin("anomalib:", "datasets.anomalib_sets:load", "MVTec AD, VisA, BTech, ..., as anomalib:MVTecAD"),
 )
 
+_ELSE = "Or give a class path, package.module:Class."
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
 
 
@@ -110,6 +111,8 @@ def is_registered(kind: str, name: str) -> bool:
 
 def list_detectors(pattern: str = "*") -> list[str]:
     """Names of the registered detectors that match a shell pattern, sorted."""
+    if not isinstance(pattern, str):
+        raise InvalidInput(f"A pattern must be text, got {pattern!r}. Write '*' for all names.")
     return sorted(fnmatch.filter(entries("detector"), pattern))
 
 
@@ -129,12 +132,14 @@ def resolve(kind: str, name: str) -> Any:
         InvalidInput: The name is unknown, or its module cannot be imported.
     """
     known = entries(kind)
+    if not isinstance(name, str):
+        raise unknown(kind, name, known, todo=_ELSE)
     family, colon, argument = name.partition(":")
     in_family = name not in known and family + colon in known
     target = known[family + colon if in_family else name].target if in_family or name in known else name
     module, _, attribute = target.partition(":")
     if not attribute:
-        raise unknown(kind, name, known, todo="Or give a class path, package.module:Class.")
+        raise unknown(kind, name, known, todo=_ELSE)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module may raise anything, a SyntaxError first of all

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ganomaly_plugin.core import Chunk, Job, canonical_json
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
@@ -66,8 +66,7 @@ class Stacking:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.trainer not in TRAINERS:
-            raise unknown("trainer", self.trainer, TRAINERS)
+        check_known("trainer", self.trainer, TRAINERS)
         if self.most is not None and self.most < 1:
             raise InvalidInput(f"--stack must be at least 1 model, got {self.most}.")
 

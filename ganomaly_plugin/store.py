@@ -15,7 +15,7 @@ import numpy as np
 
 from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.errors import BenchError, CannotStore, CorruptFile, InvalidInput, one_line
-from ganomaly_plugin.files import atomic_write, sweep_out
+from ganomaly_plugin.files import as_path, atomic_write, sweep_out
 from ganomaly_plugin.integrity import check_against_scores, file_digest, sealed, unsealed
 from ganomaly_plugin.labels import distinctly_labelled
 
@@ -34,10 +34,10 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, create: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.records_dir = self.folder / "records"
         self.scores_dir = self.folder / "scores"
-        marker = self.marker_of(folder)
+        marker = self.marker_of(self.folder)
         if not create:
             if not marker.is_file():
                 raise InvalidInput(f"{self.folder} is not a results folder (no {MARKER}). Give the --out of a bench run.")

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
-from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, check_known, one_line
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.recipe import Networks
 from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.plain import PlainTrainer
@@ -93,10 +94,9 @@ def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str 
         InvalidInput: There is no such file, trainer or device.
         CorruptFile: The file is not a complete recording.
     """
-    if trainer not in TRAINERS:
-        raise unknown("trainer", trainer, TRAINERS)
+    check_known("trainer", trainer, TRAINERS)
     target = resolve_device(device)
-    recording = _read(Path(path))
+    recording = _read(as_path(path))
     try:
         return _compare(recording, TRAINERS[trainer], target)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ import torch
 from conftest import blobs
 
 import ganomaly_plugin
-from ganomaly_plugin import list_detectors, load_detector, make_detector
+from ganomaly_plugin import list_detectors, load_authors_checkpoint, load_detector, load_results, make_detector
+from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.splits import get_protocol
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, NotFitted
 from ganomaly_plugin.registry import DATASETS, DETECTORS, entries, resolve
+from ganomaly_plugin.report.figures import figure_kind
+from ganomaly_plugin.report.measures import check_metrics
+from ganomaly_plugin.verify import verify
 
 SMALL = {"features": 4, "latent_dim": 8}
 
@@ -48,6 +54,37 @@ def test_unknown_names_say_what_is_near() -> None:
     assert "Did you mean 'latent_dim'?" in message(error)
     with pytest.raises(InvalidInput, match=r"Cannot import detector 'no\.such\.module:Class'"):
         make_detector("no.such.module:Class")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"pca", ["pca"], {}, object])
+def test_what_is_no_name_is_unknown(name: Any) -> None:
+    for kind, call in {
+        "detector": make_detector,
+        "data set": load_dataset,
+        "protocol": get_protocol,
+        "metric": lambda given: check_metrics([given]),
+        "figure": figure_kind,
+    }.items():
+        with pytest.raises(InvalidInput) as error:
+            call(name)
+        assert message(error).startswith(f"Unknown {kind} {name!r}.")
+    with pytest.raises(InvalidInput, match="A pattern must be text"):
+        list_detectors(name)
+
+
+@pytest.mark.parametrize("metrics", ["auroc", None, 3])
+def test_metrics_are_a_list(metrics: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"metrics must be a list of names, got {metrics!r}"):
+        check_metrics(metrics)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"detector.pt", ["detector.pt"]])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    fitted = make_detector("mean_intensity").fit(GOOD)
+    for call in (load_detector, load_results, load_authors_checkpoint, fitted.save, verify):
+        with pytest.raises(InvalidInput) as error:
+            call(path)
+        assert message(error) == f"A path must be text or a Path, got {path!r}."
 
 
 @pytest.mark.parametrize(
@@ -165,6 +202,8 @@ def test_files_that_are_no_detectors(tmp_path: Path) -> None:
         load_detector(path)
     with pytest.raises(InvalidInput, match="Cannot write"):
         make_detector("mean_intensity").fit(GOOD).save(tmp_path / "no" / "folder.pt")
+    with pytest.raises(InvalidInput, match="Cannot write"):
+        make_detector("mean_intensity").fit(GOOD).save("")
 
 
 def test_intensity_floor_by_hand() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ganomaly_plugin.conformance import checks_inputs, checks_results
 from ganomaly_plugin.conformance.subject import Check, Exempt, Failed, Subject, global_rng_kept
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import BenchError, InvalidInput, check_known, one_line
 
 _CHECKS: dict[str, Check] = {**checks_results.CHECKS, **checks_inputs.CHECKS}
 #: What is asked, by the name of the check, in the order of running.
@@ -52,8 +52,7 @@ def run_checks(name: str, hparams: dict[str, Any] | None = None, *, device: str 
     """
     subject = Subject(name, hparams or {}, device)
     for check, reason in subject.exemptions.items():
-        if check not in CHECKS:
-            raise unknown(f"check in conformance_exemptions of {name}", check, CHECKS)
+        check_known(f"check in conformance_exemptions of {name}", check, CHECKS)
         if not isinstance(reason, str) or not reason.strip():
             raise InvalidInput(f"The exemption of {name} from {check} has no reason. Write one: {{{check!r}: 'why'}}.")
     return _results(subject)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import BenchError, InvalidInput, check_known, one_line
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.registry import resolve
 
 MAX_SIDE = 2048  # pixels
@@ -59,7 +60,7 @@ class ImageDataset:
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The folder data sets are read from: `root`, else $GANOMALY_DATA_ROOT, else ./datasets."""
-    return Path(root or os.environ.get(ROOT_VARIABLE) or "datasets")
+    return as_path(root or os.environ.get(ROOT_VARIABLE) or "datasets")
 
 
 def default_options(name: str) -> dict[str, Any]:
@@ -76,8 +77,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = default_options(name)
     for key, value in options.items():
-        if key not in known:
-            raise unknown(f"option of data set {name}", key, known)
+        check_known(f"option of data set {name}", key, known)
         want = type(known[key])
         if want is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             raise InvalidInput(f"Option {key} of data set {name} is text, and YAML reads {value!r} as a number. Quote it.")

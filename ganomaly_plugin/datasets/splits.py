@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ganomaly_plugin.datasets.base import ImageDataset
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 
 TEST_SHARE = 0.2  # of a data set without an official split, and of paper-v1's pooled normals
 REFERENCE_SHARE = 0.1  # of the training normals, held out by the strict protocols for thresholds
@@ -131,8 +131,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         InvalidInput: There is none.
     """
-    if name not in PROTOCOLS:
-        raise unknown("protocol", name, PROTOCOLS)
+    check_known("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 
@@ -175,8 +174,7 @@ def make_split(
     """
     protocol = get_protocol(protocol_id)
     allowed = categories(dataset, protocol)
-    if category not in allowed:
-        raise unknown(f"class of {dataset.name} under {protocol_id}", category, allowed)
+    check_known(f"class of {dataset.name} under {protocol_id}", category, allowed)
     _check_shares(train_fraction, contamination)
     is_normal, is_anomalous = _kinds(dataset, protocol, category)
     split = protocol.indices(dataset, is_normal, is_anomalous, seed)

@@ -21,7 +21,7 @@ from ganomaly_plugin.datasets.base import ROOT_VARIABLE, ImageDataset, resize
 from ganomaly_plugin.datasets.cache import cache_folder, remembered_digests
 from ganomaly_plugin.datasets.formats import READERS, Part, unpacked
 from ganomaly_plugin.datasets.torchvision_table import Layout, TorchvisionSet
-from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, check_known, one_line
 from ganomaly_plugin.files import locked
 
 _STALL_SECONDS = 20  # without network a download gives up after this
@@ -53,8 +53,7 @@ def emnist(*, root: Path, image_size: int = 32, split: str = "balanced") -> Imag
         split: torchvision's names: "balanced" (47 classes, the default: as many images of each), "byclass" (62),
             "bymerge" (47), "letters" (26), "digits" or "mnist" (10).
     """
-    if split not in table.EMNIST_CLASSES:
-        raise unknown("EMNIST split", split, table.EMNIST_CLASSES)
+    check_known("EMNIST split", split, table.EMNIST_CLASSES)
     return load_set(table.emnist(split), root, image_size)
 
 
@@ -66,8 +65,7 @@ def cifar100(*, root: Path, image_size: int = 32, labels: str = "fine") -> Image
         image_size: Side of the images, pixels.
         labels: "fine" (100 classes) or "coarse" (20, as one-class papers use).
     """
-    if labels not in table.CIFAR100_CLASSES:
-        raise unknown("kind of CIFAR-100 labels", labels, table.CIFAR100_CLASSES)
+    check_known("kind of CIFAR-100 labels", labels, table.CIFAR100_CLASSES)
     return load_set(table.cifar100(labels), root, image_size)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
-from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, check_known, one_line
 from ganomaly_plugin.images import to_float
 
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
@@ -251,8 +251,7 @@ def _model_class(name: str) -> Any:
         raise InvalidInput(f"anomalib:{name} needs anomalib: {one_line(error)}. Run pip install anomalib.") from error
     image_models = [n for n in models.__all__ if _is_model(getattr(models.image, n, None), AnomalibModule)]
     found = getattr(models.image, name, None)
-    if name not in image_models:
-        raise unknown("anomalib model", name, image_models, todo="Write its class name, as in anomalib:Padim.")
+    check_known("anomalib model", name, image_models, todo="Write its class name, as in anomalib:Padim.")
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from ganomaly_plugin import __version__
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.images import check_images
 
 FORMAT = 1
@@ -127,8 +127,8 @@ class BaseDetector(ABC):
             "image_shape": list(self.image_shape_),
             "state": self._state(),
         }
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        target = as_path(path)
+        partial = target.parent / f".{target.name}.{os.getpid()}.tmp"
         try:
             torch.save(content, partial)
             partial.replace(target)
@@ -193,7 +193,7 @@ def resolve_device(device: str) -> torch.device:
 
 def read_detector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a file that `save` wrote, read without unpickling code."""
-    source = Path(path)
+    source = as_path(path)
     if not source.is_file():
         raise InvalidInput(f"No detector file at {source}. Give the path that save(path) wrote.")
     try:

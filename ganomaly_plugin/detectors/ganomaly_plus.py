@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.detectors.normal_models import PEAK, STATISTICS, NormalVectors, Whitening
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 from ganomaly_plugin.training.validation import FEWEST_HELD_OUT
@@ -150,13 +150,11 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         at_least(components=(self.components, 1), below=(self.below, 0), w_turn=(self.w_turn, 0))
         if not self.lr_ratio > 0:
             raise InvalidInput(f"lr_ratio must be positive, got {self.lr_ratio}.")
-        if self.score_by not in self.score_names:
-            raise unknown("score_by", self.score_by, self.score_names)
+        check_known("score_by", self.score_by, self.score_names)
         if not self.parts:
             raise InvalidInput(f"parts is empty. Give at least one of {', '.join(PARTS)}.")
         for part in self.parts:
-            if part not in PARTS:
-                raise unknown("part", part, PARTS)
+            check_known("part", part, PARTS)
 
     @property
     def unstackable(self) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import CannotStore, InvalidInput, unknown
+from ganomaly_plugin.errors import CannotStore, InvalidInput, check_known
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.measures import METRICS, check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
@@ -35,8 +35,7 @@ def finished(store: Store) -> list[RunRecord]:
 
 def tables(options: Any) -> int:
     """Print the tables, or the classification reports, of a results folder, and write its table files again."""
-    if options.format not in WRITERS:
-        raise unknown("format", options.format, WRITERS)
+    check_known("format", options.format, WRITERS)
     if options.against not in (None, "published"):
         raise InvalidInput(f"against must be published, got {options.against!r}.")
     check_fpr(options.fpr)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.report.frame import split_category
 from ganomaly_plugin.report.measures import measured_frame
 from ganomaly_plugin.report.results import Results
@@ -167,8 +167,7 @@ def groups(
 def _check(kind: str, wanted: Sequence[str], known: Iterable[str]) -> None:
     there = set(known)
     for name in wanted:
-        if name not in there:
-            raise unknown(kind, name, there)
+        check_known(kind, name, there)
 
 
 def _groups(results: Results, chosen: Callable[[RunRecord], bool]) -> Iterable[Group]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ganomaly_plugin.core import Job, RunRecord
-from ganomaly_plugin.errors import InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known, one_line
 
 KEY = "ganomaly_plugin.key"  # the tag that says which job an MLflow run is of
 
@@ -193,8 +193,7 @@ SINKS: dict[str, type[Sink]] = {"csv": CsvSink, "tensorboard": TensorBoardSink, 
 def check_loggers(names: Iterable[str]) -> None:
     """Raise InvalidInput for a logger that is unknown or whose package is not installed."""
     for name in names:
-        if name not in SINKS:
-            raise unknown("logger", name, SINKS)
+        check_known("logger", name, SINKS)
         if importlib.util.find_spec(SINKS[name].package) is None:
             package = SINKS[name].package
             raise InvalidInput(

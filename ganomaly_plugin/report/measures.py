@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.metrics import auprc, auroc, equal_error_rate, f1_at, fpr_at_tpr, threshold_at
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.store import Store
@@ -60,11 +60,12 @@ METRICS = {
 
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raise InvalidInput for a metric that tables do not know, or for none."""
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable):
+        raise InvalidInput(f"metrics must be a list of names, got {metrics!r}. Known: {', '.join(METRICS)}.")
     if not metrics:
         raise InvalidInput(f"No metric is given. Give at least one of: {', '.join(METRICS)}.")
     for metric in metrics:
-        if metric not in METRICS:
-            raise unknown("metric", metric, METRICS)
+        check_known("metric", metric, METRICS)
 
 
 def check_fpr(fpr: float) -> None:

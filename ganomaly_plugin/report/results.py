@@ -11,7 +11,7 @@ from typing import Literal
 import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.report.frame import GROUP, runs_frame, split_category
 from ganomaly_plugin.report.measures import DEFAULT_FPR, measured_frame
 from ganomaly_plugin.report.tables import MEAN, Table, make_tables
@@ -105,8 +105,7 @@ class Results:
         Raises:
             InvalidInput: No table or several are meant, or the metric or value is unknown.
         """
-        if value not in _VALUES:
-            raise unknown("value", value, _VALUES)
+        check_known("value", value, _VALUES)
         made = [table for table in self.tables((metric,), fpr=fpr) if table.metric == metric]
         chosen = [t for t in made if dataset in (None, t.dataset, t.where[0]) and protocol in (None, t.protocol)]
         if len(chosen) != 1:

@@ -13,7 +13,7 @@ import torch
 
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.hparams import default_hparams
 from ganomaly_plugin.provenance import cpu_name, versions
@@ -80,8 +80,7 @@ def _check(options: Any) -> None:
         ("measure", options.measure, MEASURES),
     ):
         for name in given:
-            if name not in known:
-                raise unknown(kind, name, known)
+            check_known(kind, name, known)
     if options.peers != ["none"] and "none" in options.peers:
         raise InvalidInput("--peers none stands alone.")
     if options.out and not Path(options.out).absolute().parent.is_dir():

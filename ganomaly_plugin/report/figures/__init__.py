@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.report.figures.bars import bars
 from ganomaly_plugin.report.figures.curves import precision_recall, roc
 from ganomaly_plugin.report.figures.epochs import epochs
@@ -62,6 +62,5 @@ def figure_kind(name: str) -> Figure:
     Raises:
         InvalidInput: There is none.
     """
-    if name not in FIGURES:
-        raise unknown("figure", name, FIGURES)
+    check_known("figure", name, FIGURES)
     return FIGURES[name]
