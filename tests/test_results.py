@@ -56,6 +56,14 @@ def test_stats_say_what_they_can(tmp_path: Path, bench) -> None:
     code, _, err = bench("stats", store.folder, "--baseline", "d")
     assert code == 2 and "Unknown baseline 'd'" in err
     assert bench("stats", store.folder, "--metric", "luck")[0] == 2
+    for dataset in ("mnist", "digits"):
+        store.put(outcome("a", dataset=dataset))
+    code, out, err = bench("stats", store.folder, "--baseline", "b")
+    assert code == 0 and out.count(": AUROC") == 1 and "a - b: -" in out
+    here = "digits 32×32, one-anomalous/paper-v1; mnist 32×32, one-anomalous/paper-v1"
+    assert err == f"left out, for they have no b: {here}\n"
+    code, out, err = bench("stats", store.folder, "--baseline", "d")
+    assert code == 2 and out == "" and err == "bench: error: Unknown baseline 'd'. Known: a, b, c.\n"
     for metric in ("aupro", "auroc_oracle"):  # only a job itself can take them
         code, out, err = bench("stats", store.folder, "--metric", metric)
         assert code == 2 and out == "" and f"No job has {metric}" in err and err.count("\n") == 1

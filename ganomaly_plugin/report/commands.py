@@ -95,13 +95,14 @@ def measured(made: Sequence[Table]) -> tuple[list[Table], list[str]]:
 
 def stats(options: Any) -> int:
     """Print intervals and tests of a results folder: what its numbers allow to say, and why not where they do not."""
-    from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, over_data_sets
+    from ganomaly_plugin.report.comparisons import comparison_text, comparisons, friedman_text, left_out, over_data_sets
 
     results = Results(options.results)
     finished(results.store)
     check_metrics([options.metric])
     made = results.tables((options.metric,))
-    tell(measured(made)[1])
+    shown, lacking = measured(made)
+    tell([*lacking, *left_out(shown, options.baseline)])
     for comparison in comparisons(results, options.metric, baseline=options.baseline):
         print(comparison_text(comparison))
     for protocol, tested, why in over_data_sets(made):

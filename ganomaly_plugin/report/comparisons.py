@@ -58,13 +58,8 @@ def compare(
         records: Those of the table's data set and protocol.
         table: One metric's table.
         seeds: For each row the mean over classes of each complete seed.
-        baseline: Compare each row with this one only.
-
-    Raises:
-        InvalidInput: `baseline` is no row of the table.
+        baseline: Compare each row with this one of them only.
     """
-    if baseline is not None and baseline not in table.rows:
-        raise unknown("baseline", baseline, table.rows)
     scores = _scores(store, records) if table.metric == "auroc" else {}
     rows = []
     for name in table.rows:
@@ -142,11 +137,25 @@ def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
 
 
 def comparisons(results: Results, metric: str = "auroc", *, baseline: str | None = None) -> Iterator[Comparison]:
-    """A comparison for each data set and protocol of a results folder; see `compare`."""
+    """A comparison for each data set and protocol of a results folder that has the row `baseline`; see `compare`."""
     tables = {(*table.where, table.protocol): table for table in results.tables((metric,)) if table.metric == metric}
     for (dataset, data, protocol, sampling), records in results.groups():
         table = tables[dataset, data, sampling, protocol]
-        yield compare(results.store, records, table, seed_means(results, table), baseline=baseline)
+        if baseline is None or baseline in table.rows:
+            yield compare(results.store, records, table, seed_means(results, table), baseline=baseline)
+
+
+def left_out(tables: Sequence[Table], baseline: str | None) -> list[str]:
+    """A line that names the tables without the row `baseline`, where there are some.
+
+    Raises:
+        InvalidInput: No table has it.
+    """
+    lacking = [table for table in tables if baseline is not None and baseline not in table.rows]
+    if lacking and len(lacking) == len(tables):
+        raise unknown("baseline", baseline, {row for table in tables for row in table.rows})
+    named = "; ".join(f"{table.dataset}, {table.protocol}" for table in lacking)
+    return [printable(f"left out, for they have no {baseline}: {named}")] if lacking else []
 
 
 def seed_means(results: Results, table: Table) -> dict[str, list[float]]:
