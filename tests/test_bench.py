@@ -19,7 +19,7 @@ from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
-from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, write_tables
+from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, to_text, write_tables
 from ganomaly_plugin.store import Store, read_record
 
 TINY = ["--hparams", "features=2,latent_dim=4", "--epochs", 1]
@@ -342,6 +342,10 @@ def test_cells_by_hand(store: Store) -> None:
     assert table.ranks("x") == ({"a_1"}, {"b"})
     assert table.ranks("y") == ({"a_1"}, {"c&%"})  # b lacks a seed there, and does not compete
     assert table.ranks("mean") == ({"a_1"}, {"c&%"})
+    alone = make_tables(runs_frame([each for each in store.records() if each.job.detector != "c&%"]))[0]
+    assert alone.ranks("x") == ({"a_1"}, {"b"}) and alone.ranks("y") == (set(), set())  # there a_1 has nobody to beat
+    assert to_markdown([alone]).count("**0.") == 1 and to_latex([alone]).count(r"\textbf") == 1
+    assert to_text([alone]).count("*") == 1
 
 
 def test_costs_by_hand() -> None:

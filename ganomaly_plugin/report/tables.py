@@ -83,11 +83,11 @@ class Table:
     where: tuple[str, str, str] = ("", "{}", "{}")
 
     def ranks(self, column: str) -> tuple[set[str], set[str]]:
-        """Rows with the best and the second best mean of `column` (to three decimals, ties shared)."""
+        """Rows with the best and the second best mean of `column` (to three decimals, ties shared), of two or more."""
         means = {row: round(self.cells[row][column].mean, 3) for row in self.rows if self.cells[row][column].complete}
-        values = sorted(set(means.values()), reverse=self.higher_is_better)
-        if len(self.rows) < 2 or not values:
+        if len(means) < 2:
             return set(), set()
+        values = sorted(set(means.values()), reverse=self.higher_is_better)
         best = {row for row, value in means.items() if value == values[0]}
         second = {row for row, value in means.items() if len(values) > 1 and len(best) == 1 and value == values[1]}
         return best, second
