@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.core import Job, Outcome, RunRecord, canonical_json
+from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import printable
+from ganomaly_plugin.report.frame import incomparable, runs_frame
 from ganomaly_plugin.store import Store
 
 #: Packages whose version may move a result.
 _DECIDING = ("ganomaly-plugin", "torch", "torchvision", "anomalib", "scikit-learn", "numpy")
 _SHOWN = 20  # lines of one kind before "and N more"
-
-
-def cell(job: Job) -> str:
-    """What a split depends on: jobs that share it must share the split's digest, or their rows do not compare."""
-    return canonical_json([job.dataset, job.data, job.protocol, job.category, job.seed, job.sampling])
 
 
 def differing_versions(a: RunRecord, b: RunRecord) -> str:
@@ -60,7 +56,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
         keep: "first" or "last" settles jobs whose folders disagree; None refuses them.
 
     Raises:
-        InvalidInput: Two folders have other scores for one job, or other splits for one cell; says which and why.
+        InvalidInput: Two folders have other scores for one job, or records that no table may hold together; says which and why.
         CorruptFile: A record or its scores are damaged.
     """
     if keep not in (None, "first", "last"):
@@ -87,7 +83,8 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
                 conflicts.append(problem)
             if record.status == "done" and (before[1].status == "failed" or (problem and keep == "last")):
                 chosen[record.job.key] = (source, record)
-    conflicts += _split_conflicts(record for _, record in chosen.values())
+    pairs = incomparable(runs_frame(record for _, record in chosen.values()))
+    conflicts += [f"{chosen[a][1].job.title} and {chosen[b][1].job.title}: {why}" for a, b, why in pairs]
     if conflicts:
         raise InvalidInput(f"These folders do not go into one: {_listed(conflicts)}. {_ADVICE}")
     merged.remarks = _mixed_versions([record for _, record in chosen.values()])
@@ -119,24 +116,6 @@ def _conflict(before: tuple[Store, RunRecord], after: tuple[Store, RunRecord]) -
 
 def _same_scores(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in ("score", "is_anomaly"))
-
-
-def _split_conflicts(records: Iterable[RunRecord]) -> list[str]:
-    digests: dict[str, RunRecord] = {}
-    images: dict[str, RunRecord] = {}
-    problems = []
-    for record in records:
-        if record.split_digest is None:
-            continue
-        if "data" in record.notes:  # of the images; records of older versions do not tell
-            first = images.setdefault(canonical_json([record.job.dataset, record.job.data]), record)
-            if first.notes["data"] != record.notes["data"]:
-                problems.append(f"{first.job.title} and {record.job.title}: made from different images")
-                continue
-        first = digests.setdefault(cell(record.job), record)
-        if first.split_digest != record.split_digest:
-            problems.append(f"{first.job.title} and {record.job.title}: other splits of the data, so their files differ")
-    return problems
 
 
 def _mixed_versions(records: Sequence[RunRecord]) -> list[str]:

@@ -391,7 +391,7 @@ def test_latex_compiles(store: Store, tmp_path: Path) -> None:
 def test_rows_from_other_splits_are_refused(store: Store, bench) -> None:
     store.put(fake_outcome("d", "x", 0, 0.7, digest="other"))
     code, _, stderr = bench("tables", store.folder)
-    assert code == 2 and "different images or splits" in stderr
+    assert code == 2 and "different splits of the data" in stderr
 
 
 def test_formulas_stay_text_in_spreadsheets(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -80,26 +80,24 @@ def _flatten(prefix: str, values: Mapping[str, Any], row: dict[str, Any]) -> Non
 
 def check_comparable(frame: pd.DataFrame) -> None:
     """Raise InvalidInput when rows of one table were made from different images, or those of one cell from other splits."""
-    cell = [*GROUP, "class", "seed"]
-    done = frame.loc[frame["status"] == "done", [*cell, "split_digest", "key"]]
-    splits = done.dropna(subset="split_digest").drop_duplicates([*cell, "split_digest"])
-    second = splits[splits.duplicated(cell)]
-    if len(second):
-        where = second.iloc[0]
-        a, b = splits.loc[(splits[cell] == where[cell]).all(axis=1), "key"].iloc[:2]
+    for a, b, why in incomparable(frame):
+        where = frame[frame["key"] == a].iloc[0]
         raise InvalidInput(
-            f"Records {a} and {b} ({where['dataset']}, {where['protocol']}, class {where['class']}, seed {where['seed']}) were "
-            "made from different images or splits: the data changed in between. Delete the older of the two and run again."
+            f"Records {a} and {b} ({where['dataset']}, {where['protocol']}) were {why}: the data changed in between. Delete "
+            "the older records and run again."
         )
-    if "notes.data" not in frame:  # records of older versions do not tell
-        return
-    known = frame[frame["status"] == "done"].dropna(subset="notes.data")
-    parts = [*GROUP, *(["category"] if "category" in frame else [])]  # each has images of its own
-    for _, part in known.groupby(parts, dropna=False, sort=False):
-        one = part.drop_duplicates("notes.data")
-        if len(one) > 1:
-            (a, b), where = one["key"].iloc[:2], one.iloc[0]
-            raise InvalidInput(
-                f"Records {a} and {b} ({where['dataset']}, {where['protocol']}) were made from different images: the data "
-                "changed in between. Delete those of the older images and run again."
-            )
+
+
+def incomparable(frame: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """The keys of two records that would share a table and must not, and why, for each other state of the data."""
+    told = set()
+    for column, group, why in (
+        ("notes.data", [*GROUP, "category"], "made from different images"),  # records of older versions do not tell
+        ("split_digest", [*GROUP, "class", "seed"], "made from different splits of the data"),
+    ):
+        known = frame.reindex(columns=[*group, column, "key", "status"]).dropna(subset=column)
+        states = known[known["status"] == "done"].drop_duplicates([*group, column])
+        for _, part in states[states.duplicated(group, keep=False)].groupby(group, dropna=False, sort=False):
+            first, *others = part["key"]
+            yield from ((first, other, why) for other in others if other not in told)
+            told.update(others)
