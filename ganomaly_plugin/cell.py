@@ -11,7 +11,7 @@ import torch
 
 from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import load_dataset
-from ganomaly_plugin.datasets.splits import Split, get_protocol, make_split
+from ganomaly_plugin.datasets.splits import Split, get_protocol, leaked, make_split
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
@@ -91,6 +91,7 @@ class Cell:
             history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(aurocs)]
         notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
         notes["source"], notes["data"] = dict(self.dataset.source), self.dataset.digest
+        notes["leaked"] = leaked(self.dataset, split)
         test = self.dataset.images[split.test]
         if self.dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
             metrics |= _pixel_metrics(detector, test, self.dataset.masks[split.test], notes)

@@ -100,8 +100,10 @@ def run(options: Any) -> int:
     from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
+    from ganomaly_plugin.report.commands import tell
     from ganomaly_plugin.report.frame import runs_frame
     from ganomaly_plugin.report.loggers import Loggers, check_loggers
+    from ganomaly_plugin.report.tables import leaks
     from ganomaly_plugin.report.writers import tables_of, to_text, write_tables
     from ganomaly_plugin.runner import Settings, check_unchanged, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.stacking import Stacking
@@ -167,6 +169,7 @@ def run(options: Any) -> int:
     frame = runs_frame(everything)
     made = tables_of(frame)
     print(to_text(made), end="")
+    tell(leaks(frame))
     failed = [record for record in everything if record.status == "failed" and record.job.key in mine]
     for record in failed:
         print(printable(f"failed: {record.job.slug}: {record.error}"), file=sys.stderr)

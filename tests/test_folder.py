@@ -17,7 +17,9 @@ from ganomaly_plugin.datasets.base import _load_cached, load_dataset
 from ganomaly_plugin.datasets.decode import BadImage
 from ganomaly_plugin.datasets.imagefiles import BadImages
 from ganomaly_plugin.datasets.inspect import check
+from ganomaly_plugin.datasets.splits import leaked, make_split
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.store import Store
 
 
 def save(path: Path, value: object = 100, size: tuple[int, int] = (20, 20), mode: str = "L", **options: object) -> Path:
@@ -364,6 +366,39 @@ def test_a_folder_that_changed_is_neither_taken_for_done_nor_mixed(tmp_path: Pat
     (old,) = (out / "records").glob("*-s0-*.json")
     old.unlink()
     assert bench(*words, "--seeds", "0-1")[0] == 0 and bench("tables", out)[0] == 0
+
+
+def test_copies_of_training_images_among_the_tested_are_said(tmp_path: Path, bench) -> None:
+    base, out = authors(tmp_path / "f"), tmp_path / "out"
+    words = ["run", "--models", "mean_intensity,pca", "--datasets", f"folder:{base},digits", "--classes", "anomaly,0"]
+    words += ["--image-size", "16", "--seeds", "0-1", "--out"]
+    assert "training images" not in bench(*words, out)[2]
+    dataset = load(base, tmp_path)
+    assert dataset.first_equal.tolist() == list(range(9))
+    save(base / "test/0.normal/copy.bmp", 11)  # of a training image; other bytes, equal pixels
+    save(base / "test/1.abnormal/copy.png", 13)
+    save(base / "test/1.abnormal/twice.png", 30)  # of a test image, which is no leak
+    _load_cached.cache_clear()
+    dataset = load(base, tmp_path)
+    for protocol in ("one-anomalous/strict-v1", "one-anomalous/paper-v1"):
+        counts = []
+        for seed in range(4):
+            split = make_split(dataset, protocol, "anomaly", seed)
+            trained = {dataset.images[k].tobytes() for k in split.train}
+            counts.append(leaked(dataset, split))
+            assert counts[-1] == sum(dataset.images[k].tobytes() in trained for k in split.test)
+        assert max(counts) > 0
+    remark = (
+        f"folder:{base} 16×16, one-anomalous/strict-v1: up to 2 of 8 test images (25.0%) are training images too; "
+        f"bench data check folder:{base} shows equal images\n"
+    )
+    code, _, err = bench(*words, tmp_path / "copies")
+    assert code == 0 and err.count(remark) == 1 and err.count("training images") == 1
+    code, stdout, err = bench("tables", tmp_path / "copies")
+    assert code == 0 and err == remark and remark not in stdout
+    notes = [record.notes for record in Store(tmp_path / "copies").records() if record.job.dataset == "digits"]
+    assert [each["leaked"] for each in notes] == [0] * 4
+    assert "  in both train and test (leakage): 2 test images" in check(f"folder:{base}", tmp_path).lines()
 
 
 def test_a_link_to_a_folder_above_brings_in_no_anomalies(tmp_path: Path) -> None:

@@ -53,9 +53,20 @@ class ImageDataset:
         content.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
         if self.is_test is not None:
             content.update(np.ascontiguousarray(self.is_test, dtype=np.uint8).data)
-        for start in range(0, len(self.images), 4096):  # a memory map is read a piece at a time
-            content.update(np.ascontiguousarray(self.images[start : start + 4096]).data)
+        for piece in self._pieces():
+            content.update(piece.data)
         return content.hexdigest()
+
+    @functools.cached_property
+    def first_equal(self) -> np.ndarray:
+        """For each image the place of the first with the same pixels, `(n,)`: equal images share a number."""
+        first: dict[bytes, int] = {}
+        hashes = (hashlib.sha256(image).digest() for piece in self._pieces() for image in piece)
+        return np.array([first.setdefault(each, k) for k, each in enumerate(hashes)])
+
+    def _pieces(self, size: int = 4096) -> Iterator[np.ndarray]:
+        """The images as arrays in C order, a few thousand at a time: a memory map is not read whole."""
+        return (np.ascontiguousarray(self.images[start : start + size]) for start in range(0, len(self.images), size))
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:

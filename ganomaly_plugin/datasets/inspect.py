@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,10 +159,9 @@ def check(name: str, root: str | Path | None = None, **options: Any) -> Report:
     if torchvision_set is not None and "image_size" in resolved:
         resolved["image_size"] = torchvision_set.side  # resizing could make different images equal
     dataset = load_dataset(name, root=place, **resolved)
-    hashes = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in dataset.images]
     is_test = None if dataset.is_test is None else dataset.is_test.tolist()
-    names = _row_names(is_test, len(hashes))
-    return _report(name, hashes, names, dataset.labels.tolist(), is_test, [])
+    names = _row_names(is_test, len(dataset.images))
+    return _report(name, dataset.first_equal.tolist(), names, dataset.labels.tolist(), is_test, [])
 
 
 def get(name: str, root: str | Path | None = None, **options: Any) -> list[str]:
@@ -260,11 +259,17 @@ def _row_names(is_test: list[bool] | None, n: int) -> list[str]:
 
 
 def _report(
-    name: str, hashes: list[bytes], names: list[str], labels: list[int], is_test: list[bool] | None, problems: list[Problem]
+    name: str,
+    contents: Sequence[Hashable],
+    names: list[str],
+    labels: list[int],
+    is_test: list[bool] | None,
+    problems: list[Problem],
 ) -> Report:
-    groups: dict[bytes, list[int]] = {}
-    for k, digest in enumerate(hashes):
-        groups.setdefault(digest, []).append(k)
+    """The report on images of which those with equal `contents` are equal."""
+    groups: dict[Hashable, list[int]] = {}
+    for k, content in enumerate(contents):
+        groups.setdefault(content, []).append(k)
     leaks, duplicates, conflicts = [], [], []
     leaked = repeated = 0
     for members in groups.values():
@@ -282,7 +287,7 @@ def _report(
         if len({labels[k] for k in members}) > 1:
             conflicts.append([names[k] for k in members])
     found = {"leaked": leaked, "repeated": repeated}
-    return Report(name, len(hashes), problems, leaks, duplicates, conflicts, found)
+    return Report(name, len(contents), problems, leaks, duplicates, conflicts, found)
 
 
 def _examples(groups: Iterable[list[str]]) -> list[str]:

@@ -196,6 +196,11 @@ def make_split(
     return dataclasses.replace(split, digest=_digest(dataset, protocol_id, split, train_fraction, contamination))
 
 
+def leaked(dataset: ImageDataset, split: Split) -> int:
+    """How many test images are among the training images too, pixel by pixel: what was learned by heart is no detection."""
+    return int(np.isin(dataset.first_equal[split.test], dataset.first_equal[split.train]).sum())
+
+
 def _kinds(dataset: ImageDataset, protocol: Protocol, category: str) -> tuple[np.ndarray, np.ndarray]:
     """Who is normal and who is anomalous, bool `(n,)` each."""
     chosen = dataset.labels == dataset.classes.index(category)

@@ -9,12 +9,13 @@ from typing import Any
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import CannotStore, InvalidInput, check_known
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.measures import METRICS, check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.published import against_published, left_alone
 from ganomaly_plugin.report.results import Results
-from ganomaly_plugin.report.tables import Table, make_tables, summarise
+from ganomaly_plugin.report.tables import Table, leaks, make_tables, summarise
 from ganomaly_plugin.report.writers import PLAIN_METRICS, WRITERS, write_tables
 from ganomaly_plugin.store import Store
 
@@ -60,7 +61,7 @@ def tables(options: Any) -> int:
     made = make_tables(shown, options.metrics, fpr=options.fpr)
     plain = [*made, *summarise(made)] if records is everything and tuple(options.metrics) == PLAIN_METRICS else None
     made, lacking = measured(made)
-    tell(lacking)
+    tell([*lacking, *leaks(frame)])
     made += summarise(made)
     if options.against:
         made = against_published(made)
@@ -76,7 +77,7 @@ def tables(options: Any) -> int:
 def tell(lines: Iterable[str]) -> None:
     """Remarks for people, on stderr."""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def measured(made: Sequence[Table]) -> tuple[list[Table], list[str]]:

@@ -155,7 +155,7 @@ def left_out(tables: Sequence[Table], baseline: str | None) -> list[str]:
     if lacking and len(lacking) == len(tables):
         raise unknown("baseline", baseline, {row for table in tables for row in table.rows})
     named = "; ".join(f"{table.dataset}, {table.protocol}" for table in lacking)
-    return [printable(f"left out, for they have no {baseline}: {named}")] if lacking else []
+    return [f"left out, for they have no {baseline}: {named}"] if lacking else []
 
 
 def seed_means(results: Results, table: Table) -> dict[str, list[float]]:

@@ -156,6 +156,22 @@ def summarise(tables: Sequence[Table]) -> list[Table]:
     return found
 
 
+def leaks(frame: pd.DataFrame) -> list[str]:
+    """A line for each data set and protocol some of whose test images are training images too: the worst of its jobs."""
+    counts = ["notes.leaked", "counts.test_normal", "counts.test_anomalous"]
+    there = frame.reindex(columns=[*GROUP, *counts])
+    n, normal, anomalous = (pd.to_numeric(there[name].astype(str), errors="coerce") for name in counts)  # notes hold anything
+    of = normal + anomalous
+    found = there[GROUP].assign(n=n, of=of, share=n / of)[(n > 0) & (n <= of)]
+    worst = found.sort_values("share").drop_duplicates(GROUP, keep="last").sort_values(GROUP)
+    return [
+        f"{describe_data(row['dataset'], row['data'], row['sampling'])}, {row['protocol']}: up to {row['n']:,.0f} of "
+        f"{row['of']:,.0f} test images ({row['share']:.1%}) are training images too; bench data check {row['dataset']} "
+        "shows equal images"
+        for row in worst.to_dict("records")
+    ]
+
+
 def describe_data(dataset: str, data: str, sampling: str) -> str:
     """A few words from a frame's `dataset`, `data` and `sampling`: name, size, and options that are not defaults."""
     options: dict[str, Any] = json.loads(data)
