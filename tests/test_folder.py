@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -320,6 +321,34 @@ def test_images_are_decoded_once_and_mapped(tmp_path: Path, monkeypatch: pytest.
     save(base / "train/0.normal/0.png", 250)  # a changed file is seen
     assert load(base, tmp_path).digest != digest
     assert sum(p.is_dir() for p in (tmp_path / ".cache").iterdir()) == 2
+
+
+def test_images_that_nobody_wanted_for_a_month_leave_the_cache(tmp_path: Path) -> None:
+    base, cache, month = authors(tmp_path / "f"), tmp_path / ".cache", 31 * 86_400
+
+    def folders() -> set[str]:
+        return {path.name for path in cache.iterdir() if path.is_dir()}
+
+    def age() -> None:
+        _load_cached.cache_clear()
+        for name in folders():
+            os.utime(cache / name, (time.time() - month,) * 2)
+
+    first = load(base, tmp_path)
+    other = load(base, tmp_path, image_size=8)
+    (cache / "building-killed").mkdir()
+    before = folders()
+    age()
+    load(base, tmp_path)  # is in use, and needs nothing new
+    assert folders() == before
+    _load_cached.cache_clear()
+    save(base / "train/0.normal/0.png", 250)
+    changed = load(base, tmp_path)
+    assert len(folders()) == 2 and len(folders() & before) == 1  # the one in use, and the new one
+    assert first.images[0, 0, 8, 8] == 10 and other.images[0, 0, 4, 4] == 10  # who has mapped them goes on
+    age()
+    assert load(base, tmp_path).digest == changed.digest
+    assert load(base, tmp_path, image_size=8).images[0, 0, 4, 4] == 250 and len(folders()) == 2
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def cache_folder(root: Path) -> Path:
     """A writable folder for derived files: `root/.cache`, else the user's cache folder.
 
     The user's cache folder is $XDG_CACHE_HOME or ~/.cache, and below it `ganomaly_plugin`. It serves when `root`
-    does not exist or is read-only. Everything in either folder can be deleted at any time; it is made again.
+    does not exist or is read-only. Everything in either folder can be deleted while nothing runs; it is made again.
 
     Raises:
         InvalidInput: Neither can be written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from ganomaly_plugin.files import locked
 _FORMAT = 1  # of the cached folder; a change of how pixels are made changes it
 _BATCH = 16  # files a task of the thread pool decodes
 _NAMED = 5  # problems an error or a record names
+_UNUSED = 30 * 86_400.0  # seconds after which nobody is taken to want cached images any more
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,13 @@ def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -
     content = [[str(f.path.absolute()), str(f.mask or ""), *f.stamp] for f in listing.files]
     key = hashlib.sha256(canonical_json([_FORMAT, size, channels, fit, listing.has_masks, content]).encode()).hexdigest()[:20]
     folder = cache / f"images-{key}"
+    if not _whole(folder):
+        _sweep_out_unused(cache)
     with locked(cache / f"images-{key}.lock"):
-        if not _whole(folder):
+        if _whole(folder):
+            with contextlib.suppress(OSError):
+                os.utime(folder)  # it is in use
+        else:
             shutil.rmtree(folder, ignore_errors=True)
             building = Path(tempfile.mkdtemp(dir=cache, prefix="building-"))
             building.chmod(0o755)  # a cache beside shared data serves all who read that data
@@ -191,6 +198,23 @@ def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _sweep_out_unused(cache: Path) -> None:
+    """Remove what was of no use for a month: images of files that have changed since, and what killed decoders left."""
+    for building in filter(_unused, cache.glob("building-*")):
+        shutil.rmtree(building, ignore_errors=True)
+    for folder in filter(_unused, cache.glob("images-*")):
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            if _unused(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unused(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and time.time() - folder.stat().st_mtime > _UNUSED
+    except OSError:  # removed by another
+        return False
 
 
 def _whole(folder: Path) -> bool:
