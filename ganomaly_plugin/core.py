@@ -134,7 +134,7 @@ class RunRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)  # fit, score
     split_digest: str | None = None
     reference: str | None = None  # where normal reference scores come from: "held-out" or "train"
-    notes: Mapping[str, Any] = field(default_factory=dict)  # what a detector says of its fit: parameters, subsampling
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what a detector says of its fit; where its images came from
     environment: Mapping[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # mean losses, one entry an epoch
     files: Mapping[str, str] = field(default_factory=dict, compare=False)  # sha256 of its scores and images; the store's

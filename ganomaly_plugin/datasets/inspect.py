@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.datasets import torchvision_sets
-from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, default_options, load_dataset
+from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, load_dataset
 from ganomaly_plugin.datasets.cache import available_cpus
 from ganomaly_plugin.datasets.decode import BadImage, decode_mask, quiet_pillow, read_upright
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem
@@ -294,8 +294,3 @@ def _examples(groups: Iterable[list[str]]) -> list[str]:
     groups = list(groups)
     lines = [f"    {' = '.join(group[:4])}{' = ...' if len(group) > 4 else ''}" for group in groups[:_NAMED]]
     return lines + ([f"    and {len(groups) - _NAMED:,} more"] if len(groups) > _NAMED else [])
-
-
-def known_options(name: str) -> list[str]:
-    """Options of a data set as `name=default`, for `bench data ls`."""
-    return [f"{key}={value}" for key, value in default_options(name).items()]

@@ -46,7 +46,7 @@ DEFAULT_PARTS = (
     "turned_outside",
     "turned_nearest",
 )
-#: What may be left out of the score, or put in, to see what it is worth.
+#: What may be left out of the score, to see what it is worth.
 LEFT_OUT = ("image", "levelled", "latent", "feature", "turned", "outside", "nearest", PEAK)
 FOLDS = 5  # of the training images: the parts of each are taken with models of the others
 TURNS = 4  # quarter turns of an image

@@ -27,7 +27,7 @@ from ganomaly_plugin.speed.trainers import TRAINERS, Setting
 
 MEASURES = ("training", "scoring")
 _MEBI = 2**20
-_HEAD = ("", "images/s", "ms", "fastest–slowest", "time", "latency ms", "MiB", "parameters", "MFLOP/image", "of ceiling")
+_HEAD = ("", "images/s", "ms a call", "fastest–slowest", "time", "latency ms", "MiB", "parameters", "MFLOP/image", "of ceiling")
 
 
 def run_speed(options: Any) -> int:
@@ -49,9 +49,8 @@ def run_speed(options: Any) -> int:
             if recipe_of(selection) is None:
                 print(f"{selection.name} has no training steps: only its scoring is timed")
         peers = [] if options.peers == ["none"] else options.peers
-        peer_precision: Precision = (
-            "float32" if options.precision in (None, "float32") else "tf32"
-        )  # the nearest that they know
+        # The nearest that they know.
+        peer_precision: Precision = "float32" if options.precision in (None, "float32") else "tf32"
         training = time_training(
             selections, options.trainers, peers, setting, repeats=options.repeats, peer_precision=peer_precision
         )
@@ -144,19 +143,7 @@ def _firsts(rows: Sequence[Row]) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    head = [
-        "",
-        "images/s",
-        "ms a call",
-        "fastest–slowest",
-        "time",
-        "latency ms",
-        "MiB",
-        "parameters",
-        "MFLOP/image",
-        "of ceiling",
-    ]
-    lines = [head]
+    lines = [list(_HEAD)]
     for row, first in zip(rows, _firsts(rows), strict=True):
         its = figures(row, first)
         span = f"{row.timing.fastest * 1e3:.2f}–{row.timing.slowest * 1e3:.2f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class _Candidate:
 
     fields: dict[str, Any]
     task: Task | None  # None: the host's loop
-    latency: Task | None = field(default=None)
+    latency: Task | None = None
 
 
 def time_training(
