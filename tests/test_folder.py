@@ -425,6 +425,8 @@ def test_copies_of_training_images_among_the_tested_are_said(tmp_path: Path, ben
     assert code == 0 and err.count(remark) == 1 and err.count("training images") == 1
     code, stdout, err = bench("tables", tmp_path / "copies")
     assert code == 0 and err == remark and remark not in stdout
+    assert bench("report", tmp_path / "copies")[0] == 0
+    assert (tmp_path / "copies/report.html").read_text().count("8 test images (25.0%) are training images too") == 1
     notes = [record.notes for record in Store(tmp_path / "copies").records() if record.job.dataset == "digits"]
     assert [each["leaked"] for each in notes] == [0] * 4
     assert "  in both train and test (leakage): 2 test images" in check(f"folder:{base}", tmp_path).lines()

@@ -26,7 +26,7 @@ from ganomaly_plugin.report.figures.style import PAGE, Canvas, Drawing, inline_s
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.groups import Group, label
 from ganomaly_plugin.report.published import against_published
-from ganomaly_plugin.report.tables import MEAN, Table
+from ganomaly_plugin.report.tables import MEAN, Table, leaks
 from ganomaly_plugin.report.writers import caption, cell_text
 
 NARROW, WIDE = 3.6, 10.5  # inches; a page scales figures to its width
@@ -153,7 +153,7 @@ def _facts(group: Group) -> list[str]:
         facts.append(f"of the training images {span('train_anomalous')} are anomalous, on purpose")
     references = sorted({str(record.reference) for record in done})
     facts.append(f"Thresholds come from {span('reference')} {' and '.join(references)} normal images")
-    return facts
+    return [*facts, *leaks(runs_frame(group.records))]
 
 
 def _verdict(group: Group, comparison: Comparison) -> list[str]:
