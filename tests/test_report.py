@@ -148,6 +148,7 @@ def test_pages_of_hardly_any_results(tmp_path: Path, bench) -> None:
     holes = [outcome("a", "0"), outcome("a", "1"), outcome("b", "0"), failed("b", "1")]
     holes += [outcome("a", protocol="one-anomalous/strict-v1")]
     page = check(report_html(load_results(fill(tmp_path / "holes", holes).folder)))
+    assert page.text.count("a has a mean AUROC of 0.") == 2 and page.text.count("and no rival") == 2
     assert "1 of 2 detectors lacks jobs" in page.text and "b (1 job missing)" in page.text
     assert page.text.count("no test over data sets") == 2 and page.tags["h2"] == 6  # two protocols, two sections
 

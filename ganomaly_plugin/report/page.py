@@ -162,9 +162,10 @@ def _verdict(group: Group, comparison: Comparison) -> list[str]:
     rivals = [name for name in group.detectors if table.cells[name][MEAN].complete]
     if not rivals:
         return ["No detector has finished every job, so none leads"]
-    lines = [f"{rivals[0]} has the highest mean AUROC, {cell_text(table.cells[rivals[0]][MEAN])}"]
+    means = [cell_text(table.cells[name][MEAN]) for name in rivals]
+    lines = [f"{rivals[0]} has a mean AUROC of {means[0]}, and no rival"]
     if len(rivals) > 1:
-        lines[0] += f", before {rivals[1]}, {cell_text(table.cells[rivals[1]][MEAN])}"
+        lines = [f"{rivals[0]} has the highest mean AUROC, {means[0]}, before {rivals[1]}, {means[1]}"]
         pair = next((each for each in comparison.pairs if {each.a, each.b} == {rivals[0], rivals[1]}), None)
         if pair:
             won = pair.wins_a if pair.a == rivals[0] else pair.wins_b
