@@ -8,6 +8,7 @@ import os
 # torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy as np
 import pytest
 
 from ganomaly_plugin.cli import main
+
+# A script's background job inherits an ignored SIGINT and hands it on, and the processes that tests interrupt would not stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 
