@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,16 @@ def test_stats_say_what_they_can(tmp_path: Path, bench) -> None:
     for metric in ("aupro", "auroc_oracle"):  # only a job itself can take them
         code, out, err = bench("stats", store.folder, "--metric", metric)
         assert code == 2 and out == "" and f"No job has {metric}" in err and err.count("\n") == 1
+
+
+def test_tables_beside_aurocs_need_no_baseline(tmp_path: Path, bench) -> None:
+    a, b = outcome("a"), outcome("b")  # b has no epochs to choose from, so no row in the oracle's table
+    chosen = replace(a.record, metrics={**a.record.metrics, "auroc_oracle": 0.9})
+    store = fill(tmp_path / "out", [replace(a, record=chosen), b])
+    code, out, err = bench("stats", store.folder, "--baseline", "b")
+    assert code == 0 and err == "" and out.count(": AUROC") == 1
+    code, out, err = bench("stats", store.folder, "--baseline", "b", "--metric", "auroc_oracle")
+    assert code == 2 and out == "" and err == "bench: error: Unknown baseline 'b'. Known: a.\n"
 
 
 def test_stats_over_data_sets(tmp_path: Path, bench) -> None:

@@ -101,10 +101,10 @@ def stats(options: Any) -> int:
     results = Results(options.results)
     finished(results.store)
     check_metrics([options.metric])
-    made = results.tables((options.metric,))
+    made = [table for table in results.tables((options.metric,)) if table.metric == options.metric]  # not those beside AUROC
     shown, lacking = measured(made)
     tell([*lacking, *left_out(shown, options.baseline)])
-    for comparison in comparisons(results, options.metric, baseline=options.baseline):
+    for comparison in comparisons(results, made, baseline=options.baseline):
         print(comparison_text(comparison))
     for protocol, tested, why in over_data_sets(made):
         print(friedman_text(protocol, tested, why))

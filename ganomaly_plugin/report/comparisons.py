@@ -136,17 +136,17 @@ def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
         return None, f"no test over data sets: {one_line(error)}"
 
 
-def comparisons(results: Results, metric: str = "auroc", *, baseline: str | None = None) -> Iterator[Comparison]:
-    """A comparison for each data set and protocol of a results folder that has the row `baseline`; see `compare`."""
-    tables = {(*table.where, table.protocol): table for table in results.tables((metric,)) if table.metric == metric}
+def comparisons(results: Results, tables: Sequence[Table], *, baseline: str | None = None) -> Iterator[Comparison]:
+    """A comparison for each of a folder's `tables` of one metric that has the row `baseline`; see `compare`."""
+    found = {(*table.where, table.protocol): table for table in tables}
     for (dataset, data, protocol, sampling), records in results.groups():
-        table = tables[dataset, data, sampling, protocol]
+        table = found[dataset, data, sampling, protocol]
         if baseline is None or baseline in table.rows:
             yield compare(results.store, records, table, seed_means(results, table), baseline=baseline)
 
 
 def left_out(tables: Sequence[Table], baseline: str | None) -> list[str]:
-    """A line that names the tables without the row `baseline`, where there are some.
+    """A line that names those of one metric's tables that lack the row `baseline`, where there are some.
 
     Raises:
         InvalidInput: No table has it.
@@ -180,8 +180,7 @@ def seed_means(results: Results, table: Table) -> dict[str, list[float]]:
 def over_data_sets(tables: Sequence[Table]) -> Iterator[tuple[str, Friedman | None, str]]:
     """Friedman's test, or why there is none, for each protocol of tables of one metric."""
     for protocol in dict.fromkeys(table.protocol for table in tables):
-        metric = tables[0].metric
-        yield (protocol, *across_data_sets([t for t in tables if t.protocol == protocol and t.metric == metric]))
+        yield (protocol, *across_data_sets([table for table in tables if table.protocol == protocol]))
 
 
 def comparison_text(comparison: Comparison) -> str:
