@@ -18,7 +18,7 @@ from ganomaly_plugin.datasets.base import ROOT_VARIABLE, ImageDataset
 from ganomaly_plugin.datasets.decode import BadImage
 from ganomaly_plugin.datasets.folder import ANOMALY, NORMAL, check_normals
 from ganomaly_plugin.datasets.imagefiles import Listing, Problem, load_listing, stamped
-from ganomaly_plugin.errors import InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import InvalidInput, check_known, one_line
 
 _PREFIX = "anomalib:"
 _LEFT_OUT = {"Folder", "Datumaro", "Tabular"}  # they are no data sets, but ways to describe one
@@ -104,9 +104,9 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
     from anomalib.data.utils import TestSplitMode
 
     known = categories(name)
-    if known and category not in known:
-        raise unknown(f"category of {_PREFIX}{name}", category, known, todo=f"Write {_PREFIX}{name}[category={known[0]}].")
-    if not known and category:
+    if known:
+        check_known(f"category of {_PREFIX}{name}", category, known, todo=f"Write {_PREFIX}{name}[category={known[0]}].")
+    elif category:
         raise InvalidInput(f"{_PREFIX}{name} has no categories, got {category!r}. Leave category out.")
     base = _folder(cls, root)
     module = cls(root=str(base), **({"category": category} if category else {}), **_no_extra_splits(cls))
@@ -156,10 +156,8 @@ def _module_class(name: str) -> Any:
         import anomalib.data.datamodules.image as module
     except ImportError as error:
         raise InvalidInput(f"{_PREFIX}{name} needs anomalib: {one_line(error)}. Run pip install anomalib.") from error
-    found = getattr(module, name, None)
-    if found is None or name not in names():
-        raise unknown("anomalib data set", name, names())
-    return found
+    check_known("anomalib data set", name, names())
+    return getattr(module, name)
 
 
 def _is_module(cls: type) -> bool:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, check_known
-from ganomaly_plugin.report.frame import split_category
+from ganomaly_plugin.report.frame import runs_frame, split_category
 from ganomaly_plugin.report.measures import measured_frame
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.tables import MEAN, Table, describe_data, make_tables
@@ -42,6 +43,11 @@ class Group:
     def title(self) -> str:
         """How headings call it."""
         return f"{self.dataset}, {self.protocol}"
+
+    @functools.cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row a job; see `runs_frame`."""
+        return runs_frame(self.records)
 
     @functools.cached_property
     def detectors(self) -> tuple[str, ...]:

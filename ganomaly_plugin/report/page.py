@@ -23,7 +23,6 @@ from ganomaly_plugin.report.figures.losses import losing, loss
 from ganomaly_plugin.report.figures.sheets import Sheet, by_class, png, sheets
 from ganomaly_plugin.report.figures.speed import speed
 from ganomaly_plugin.report.figures.style import PAGE, Canvas, Drawing, inline_svg
-from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.groups import Group, label
 from ganomaly_plugin.report.published import against_published
 from ganomaly_plugin.report.tables import MEAN, Table, leaks
@@ -107,9 +106,7 @@ def section(k: int, group: Group, tables: Iterable[Table], budget: list[int]) ->
     if made.choices:
         made.figures["epochs"] = [draw("epochs", lambda: epochs([group], Canvas(NARROW, PAGE)))]
     made.examples, made.examples_left = examples(group, budget)
-    made.costs = [
-        [cost_text(row[name]) for name in COLUMNS[2:]] for row in cost_frame(runs_frame(group.records)).to_dict("records")
-    ]
+    made.costs = [[cost_text(row[name]) for name in COLUMNS[2:]] for row in cost_frame(group.runs).to_dict("records")]
     return made
 
 
@@ -153,7 +150,7 @@ def _facts(group: Group) -> list[str]:
         facts.append(f"of the training images {span('train_anomalous')} are anomalous, on purpose")
     references = sorted({str(record.reference) for record in done})
     facts.append(f"Thresholds come from {span('reference')} {' and '.join(references)} normal images")
-    return [*facts, *leaks(runs_frame(group.records))]
+    return [*facts, *leaks(group.runs)]
 
 
 def _verdict(group: Group, comparison: Comparison) -> list[str]:

@@ -8,7 +8,6 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.costs import cost_frame
 from ganomaly_plugin.report.figures.legend import clip, drawn, marker_style
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, log_axis, new_figure
-from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.groups import Group
 
 
@@ -18,7 +17,7 @@ def speed(group: Group, canvas: Canvas) -> Drawing:
     Raises:
         InvalidInput: No job has its seconds.
     """
-    costs = {str(row["detector"]): row for row in cost_frame(runs_frame(group.records)).to_dict("records")}
+    costs = {str(row["detector"]): row for row in cost_frame(group.runs).to_dict("records")}
     chosen, note = drawn(group, most=14)
     figure = new_figure(canvas.width, 0.75 * canvas.width + 0.16 * len(chosen) + 0.2)
     panels = figure.subplots(1, 2, sharey=True)
