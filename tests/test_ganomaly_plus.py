@@ -8,7 +8,16 @@ import torch
 from conftest import blobs
 
 from ganomaly_plugin.config import Experiment, expand
-from ganomaly_plugin.detectors.ganomaly_plus import DEFAULT_PARTS, PARTS, GanomalyPlusRecipe, levelled, turn_loss, turned
+from ganomaly_plugin.detectors.ganomaly_plus import (
+    DEFAULT_PARTS,
+    PARTS,
+    SHAPE,
+    GanomalyPlusRecipe,
+    levelled,
+    oriented_gradients,
+    turn_loss,
+    turned,
+)
 from ganomaly_plugin.detectors.normal_models import STATISTICS, Components, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc
@@ -91,7 +100,7 @@ def test_whitened_scores_are_uncorrelated_in_each_subset_and_still_themselves():
     assert torch.equal(whitening(values, 1)[:, 2], values[:, 2])  # equal scores teach nothing
 
 
-def test_the_score_is_the_root_mean_square_of_its_whitened_parts(tmp_path):
+def test_the_score_joins_the_whitened_parts_with_the_distance_of_the_shapes(tmp_path):
     detector = make_detector("ganomaly_plus", **SMALL).fit(blobs(200), steps=20, device="cpu")
     assert detector.describe()["calibrated_on"] == "held-out images"
     assert detector.describe()["images_seen"] == 160
@@ -106,10 +115,20 @@ def test_the_score_is_the_root_mean_square_of_its_whitened_parts(tmp_path):
     def folded(values):
         return np.where(values > 0, values, -0.25 * values)
 
-    np.testing.assert_allclose(detector.score(test), np.sqrt((folded(white) ** 2).mean(1)), rtol=1e-3)
-    np.testing.assert_allclose(named["without_below"], np.sqrt((white.clip(0) ** 2).mean(1)), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(named["mean_of_parts"], folded(white).mean(1), rtol=1e-3)
-    np.testing.assert_allclose(named["without_whitening"], np.sqrt((folded(parts) ** 2).mean(1)), rtol=1e-3)
+    def joined(name, *halves):
+        scale = model.halves[name]
+        return np.logaddexp.reduce((np.stack(halves, 1) - scale.mean.numpy()) / scale.deviation.numpy(), axis=1)
+
+    shape = np.sqrt((parts[:, [DEFAULT_PARTS.index(part) for part in SHAPE]].clip(0) ** 2).mean(1))
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    np.testing.assert_allclose(detector.score(test), joined("combined", np.sqrt((folded(white) ** 2).mean(1)), shape), **close)
+    below = joined("without_below", np.sqrt((white.clip(0) ** 2).mean(1)), shape)
+    np.testing.assert_allclose(named["without_below"], below, **close)
+    np.testing.assert_allclose(named["mean_of_parts"], joined("mean_of_parts", folded(white).mean(1), shape), **close)
+    alone = joined("without_whitening", np.sqrt((folded(parts) ** 2).mean(1)), shape)
+    np.testing.assert_allclose(named["without_whitening"], alone, **close)
+    only = joined("without_shape", np.sqrt((folded(white) ** 2).mean(1)))
+    np.testing.assert_allclose(named["without_shape"], only, **close)
     np.testing.assert_array_equal(detector.score(test), named["combined"])
     assert auroc(np.arange(40) >= 20, detector.score(test)) > 0.95
     detector.save(tmp_path / "d.pt")
@@ -122,6 +141,27 @@ def test_few_held_out_images_share_the_scale_with_the_folds():
     standardiser.fit(values, prior, worth=6)  # 2 rows that count for 2, 3 that count for 6
     assert standardiser.mean.item() == pytest.approx((2 * 2 + 6 * 7) / 8)
     assert standardiser.deviation.item() == pytest.approx(((2 * 1 + 6 * 8 / 3) / 8) ** 0.5)
+
+
+@pytest.mark.parametrize(("side", "cells"), [(16, 8), (16, 4), (48, 4)])
+def test_gradients_are_told_by_where_they_are_and_which_way_they_point(side, cells):
+    rows, columns = np.mgrid[:side, :side].astype(np.float32)
+    ramps = torch.from_numpy(
+        np.stack([columns, -columns, rows, (rows + columns) / 2])[:, None] / side
+    )  # brighter eastwards, ...
+    found = oriented_gradients(ramps.expand(-1, 3, -1, -1), cells).view(4, 8, cells, cells)
+    assert torch.allclose(found[0], oriented_gradients(ramps[:1], cells).view(8, cells, cells), atol=1e-6)  # grey is a channel
+    inside = found[..., 1:-1, 1:-1].mean((2, 3))
+    assert inside.argmax(1).tolist() == [0, 4, 2, 1]
+    assert ((inside > 1e-2).sum(1) == 1).all()  # no other direction is as near as an eighth of a turn
+    assert not oriented_gradients(torch.full((1, 1, side, side), 0.3), cells).any()
+    edge = torch.zeros(1, 1, side, side)
+    edge[..., side // 2 :] = 1.0  # a step in the middle, seen by the cells beside it alone
+    seen = oriented_gradients(edge, cells).view(8, cells, cells)[0].amax(0)
+    assert seen.nonzero().flatten().tolist() == [cells // 2 - 1, cells // 2]
+    between = torch.from_numpy((columns + np.tan(np.pi / 8) * rows)[None, None] / side).float()
+    shares = oriented_gradients(between, cells).view(8, -1).mean(1)
+    assert torch.allclose(shares[0], shares[1], rtol=0.1) and not shares[2:7].any()
 
 
 def test_images_are_turned_and_the_turns_are_told_apart():
@@ -148,6 +188,9 @@ def test_parts_are_those_named_scores():
     left = [part for part in DEFAULT_PARTS if not part.startswith("image")]
     fewer = make_detector("ganomaly_plus", parts=left, **SMALL).fit(blobs(30), steps=2, device="cpu")
     whole = make_detector("ganomaly_plus", **SMALL).fit(blobs(30), steps=2, device="cpu")
+    shapeless = make_detector("ganomaly_plus", parts=["latent_nearest"], **SMALL).fit(blobs(30), steps=2, device="cpu")
+    named = shapeless.named_scores(blobs(4, seed=1))
+    np.testing.assert_array_equal(named["combined"], named["without_shape"])
     np.testing.assert_allclose(fewer.score(blobs(4, seed=1)), whole.named_scores(blobs(4, seed=1))["without_image"])
 
 
@@ -264,7 +307,8 @@ def test_the_anomalib_module_calibrates_itself():
     module.on_train_end()
     after = module.model(images.expand(-1, 3, -1, -1)).pred_score
     assert not torch.equal(before, after) and after.isfinite().all()
-    assert float(after.mean()) < 2  # standardised on these images
+    fresh = torch.from_numpy(blobs(24, seed=1)).expand(-1, 3, -1, -1)
+    assert float(module.model(fresh).pred_score.mean()) < 2  # standardised on images like these
     again = module_class(GanomalyPlusRecipe)(image_size=16, channels=1, **hparams)
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.model(images.expand(-1, 3, -1, -1)).pred_score, after)

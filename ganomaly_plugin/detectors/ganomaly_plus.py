@@ -4,18 +4,23 @@
 narrower. D has one more task, as in SS-GAN (arXiv 1811.11212): to tell by which quarter turns an image was turned, so that
 its features learn what the images show. What else is new happens after training, on normal images alone:
 
-- Six views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, the residual x - x̂,
-  the latent (z, z - ẑ), D's features of x, and the means of D's features of x turned four ways. Of each, `NormalVectors`
-  learns what it is like on training images; how far outside the principal components an image lies, on the whole and where
-  it is furthest, and how far from its nearest neighbours, are the parts of the score.
+- Eight views of an image, each a vector: the image x itself, x levelled to one brightness and contrast, its histograms of
+  oriented gradients (HOG) in 8×8 and in 4×4 cells, the residual x - x̂, the latent (z, z - ẑ), D's features of x, and the
+  means of D's features of x turned four ways. Of each, `NormalVectors` learns what it is like on training images; how far
+  outside the principal components an image lies, on the whole and where it is furthest, and how far from its nearest
+  neighbours, are the parts of the score.
 - Each part is standardised, on the scale of logarithms, on held-out normal images, and then whitened: of what several parts
-  say alike, each keeps a share, and what one says against the others stands out. The score is the root mean square of the
-  parts. One that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is
+  say alike, each keeps a share, and what one says against the others stands out. The root mean square of the parts is one
+  half of the score. One that is lower than normal counts too, with the weight `below`: an image that is blurred or faded is
   nearer to what images have in common than a normal one, and is none.
+- An image that is strange as a whole, as a digit of another class is, is strange to all neighbours alike, which whitening
+  makes little of. So the other half is how far the shapes in it, those of SHAPE, lie from their nearest neighbours, not
+  whitened. The score is the logarithm of the sum of both halves' exponentials: about the larger one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +34,9 @@ from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
 from ganomaly_plugin.training.validation import FEWEST_HELD_OUT
 
-VIEWS = ("image", "levelled", "latent", "residual", "feature", "turned")
+VIEWS = ("image", "levelled", "hog8", "hog4", "latent", "residual", "feature", "turned")
+CELLS = {"hog8": 8, "hog4": 4}  # of the views that are histograms, along an image's side
+DIRECTIONS = 8  # that a gradient may have
 IMAGES = ("image", "levelled", "residual")  # the views that are images
 PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in (*STATISTICS, *[PEAK] * (view in IMAGES)))
 #: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
@@ -40,14 +47,20 @@ DEFAULT_PARTS = (
     "image_nearest",
     "levelled_nearest",
     "levelled_peak",
+    "hog8_outside",
+    "hog8_nearest",
+    "hog4_outside",
+    "hog4_nearest",
     "latent_nearest",
     "feature_outside",
     "feature_nearest",
     "turned_outside",
     "turned_nearest",
 )
-#: What may be left out of the score, to see what it is worth.
-LEFT_OUT = ("image", "levelled", "latent", "feature", "turned", "outside", "nearest", PEAK)
+#: Those that tell how far an image's shapes are from known ones, whatever its brightness.
+SHAPE = ("levelled_nearest", "hog8_nearest", "hog4_nearest")
+#: What may be left out of the score, to see what it is worth: parts with one of these in their names.
+LEFT_OUT = ("image", "levelled", "hog", "latent", "feature", "turned", "outside", "nearest", PEAK)
 FOLDS = 5  # of the training images: the parts of each are taken with models of the others
 TURNS = 4  # quarter turns of an image
 
@@ -56,6 +69,27 @@ def levelled(images: Tensor) -> Tensor:
     """`images` `(n, c, h, w)`, each shifted and scaled to mean 0 and deviation 0.5 over its pixels and channels."""
     centred = images - images.mean((1, 2, 3), keepdim=True)
     return 0.5 * centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt()
+
+
+def oriented_gradients(images: Tensor, cells: int) -> Tensor:
+    """Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) of `images` `(n, c, s, s)`, their channels' mean.
+
+    Args:
+        images: Square images, their side a multiple of `2 * cells`.
+        cells: Windows along a side, each twice as wide as they are apart.
+
+    Returns:
+        `(n, DIRECTIONS * cells * cells)`, at least 0: roots of the mean length of the gradients in each direction, each
+        shared by the one or two directions less than 360° / DIRECTIONS away. The border is repeated.
+    """
+    grey = nn.functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+    step = 2 * torch.pi / DIRECTIONS
+    angles = (step * torch.arange(DIRECTIONS, device=images.device)).view(-1, 1, 1)
+    along = across * angles.cos() + down * angles.sin()  # (n, directions, s, s)
+    length = (across.square() + down.square()).sqrt()
+    apart = images.shape[-1] // cells
+    return nn.functional.avg_pool2d((along - math.cos(step) * length).relu(), 2 * apart, apart, apart // 2).sqrt().flatten(1)
 
 
 def turned(images: Tensor) -> Tensor:
@@ -70,23 +104,30 @@ def turn_loss(logits: Tensor) -> Tensor:
 
 
 class NormalModel(nn.Module):
-    """What calibration learns of normal images: what each view is like, the scale of each part, and how parts go together.
+    """What calibration learns of normal images: what views are like, scales of parts and halves, how they go together.
 
     Args:
         sizes: Length of each view's vectors.
         components: Principal components of each view, at most.
         chw: Shape of an image.
-        means: Name of each mean that is taken, and which of PARTS it is of.
+        means: Name of each mean that is taken of whitened parts, and which of PARTS it is of.
+        halves: Name of each score, and of how many halves it is.
     """
 
     def __init__(
-        self, sizes: dict[str, int], components: int, chw: tuple[int, int, int], means: dict[str, tuple[str, ...]]
+        self,
+        sizes: dict[str, int],
+        components: int,
+        chw: tuple[int, int, int],
+        means: dict[str, tuple[str, ...]],
+        halves: dict[str, int],
     ) -> None:
         super().__init__()
         shapes = dict.fromkeys(IMAGES, chw)
         self.views = nn.ModuleDict({view: NormalVectors(size, components, shapes.get(view)) for view, size in sizes.items()})
         self.scale = Standardiser(len(PARTS + PLAIN))
         self.whitening = Whitening([[PARTS.index(part) for part in parts] for parts in means.values()], len(PARTS))
+        self.halves = nn.ModuleDict({name: Standardiser(count) for name, count in halves.items()})
 
     def forward(self, vectors: dict[str, Tensor]) -> Tensor:
         """The logarithms of PARTS, `(n, parts)`, of the views' vectors `(n, size)`."""
@@ -102,11 +143,12 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         features, latent_dim, extra_layers, w_adv, w_con, w_enc, lr, betas, adversarial: As GANomaly's.
         redraw_below: As GANomaly's; it is D's whole loss that counts, with `w_turn` that of the turns too.
         w_turn: Weight of D's task to tell an image's quarter turns, in D's loss; 0 leaves it out.
-        score_by: "combined" (the root mean square of `parts`), or another of `score_names`: a part alone, all without one
-            view ("without_image"), one statistic ("without_nearest"), parts that are lower than normal ("without_below") or
-            the whitening ("without_whitening"), all with the residual ("with_residual") or another statistic too
-            ("with_inside"), "mean_of_parts", "paper_latent" (GANomaly's own score), or "plain" (the mean of the standardised
-            latent, residual and feature differences).
+        score_by: "combined" (of `parts`), or another of `score_names`: a part alone, all without one view ("without_image"),
+            one statistic ("without_nearest"), parts that are lower than normal ("without_below"), the whitening
+            ("without_whitening") or the half that is not whitened ("without_shape"), all with the residual
+            ("with_residual") or another statistic too ("with_inside"), "mean_of_parts" for the root mean square,
+            "paper_latent" (GANomaly's own score), or "plain" (the mean of the standardised latent, residual and feature
+            differences).
         parts: What the score is made of, each "<view>_<statistic>".
         components: Principal components of each view, at most.
         below: Weight of a part that is lower than on normal images; 0 ignores it, 1 counts it like one that is higher.
@@ -137,6 +179,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         *(f"without_{left_out}" for left_out in LEFT_OUT),
         "without_below",
         "without_whitening",
+        "without_shape",
         "with_residual",
         "with_inside",
         "mean_of_parts",
@@ -178,25 +221,34 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             normalise_spectrally(networks["discriminator"])
         pixels = channels * side * side
         sizes = dict.fromkeys(IMAGES, pixels) | {
+            **{view: DIRECTIONS * cells * cells for view, cells in CELLS.items()},
             "latent": 2 * self.latent_dim,
             "feature": features.numel(),
             "turned": TURNS * features.shape[1],
         }
         if self.w_turn:
             networks["turns"] = nn.Sequential(nn.Flatten(), nn.Linear(features.numel(), TURNS))
-        return networks | {"calibration": NormalModel(sizes, self.components, chw, self._means)}
+        halves = {name: 1 + bool(shape) for name, shape in self._shapes.items()}
+        return networks | {"calibration": NormalModel(sizes, self.components, chw, self._means, halves)}
 
     @property
     def _means(self) -> dict[str, tuple[str, ...]]:
         """The parts of each mean that is whitened by itself: of the score, and with some left out or put in."""
         means = {"combined": self.parts}
         for name in LEFT_OUT:
-            means[f"without_{name}"] = tuple(part for part in self.parts if name not in part.split("_")) or self.parts
+            left = tuple(part for part in self.parts if not any(word.startswith(name) for word in part.split("_")))
+            means[f"without_{name}"] = left or self.parts
         more = {
             "with_residual": ("residual_outside", "residual_nearest"),
             "with_inside": tuple(f"{view}_inside" for view in VIEWS if view != "residual"),
         }
         return means | {name: tuple(dict.fromkeys((*self.parts, *parts))) for name, parts in more.items()}
+
+    @property
+    def _shapes(self) -> dict[str, tuple[str, ...]]:
+        """Which of SHAPE the second half of each score is of; without any there is none."""
+        of = dict.fromkeys(("without_below", "without_whitening", "mean_of_parts"), self.parts) | self._means
+        return {name: tuple(part for part in parts if part in SHAPE) for name, parts in of.items()} | {"without_shape": ()}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -254,9 +306,11 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         _, features = networks["discriminator"](turned(x))
         _, features_hat = networks["discriminator"](x_hat)
         of_turns = features.unflatten(0, (TURNS, -1))  # (turns, n, w, s, s)
+        shown = levelled(images)
         vectors = {
             "image": x,
-            "levelled": levelled(images),
+            "levelled": shown,
+            **{view: oriented_gradients(shown, cells) for view, cells in CELLS.items()},
             "latent": torch.cat([z, z - z_hat], 1),
             "residual": x - x_hat,
             "feature": of_turns[0],
@@ -271,28 +325,38 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         squares = torch.stack([vector.square().mean(1) for vector in (latent, vectors["residual"], difference)], 1)
         return torch.cat([model(vectors), squares], 1)
 
+    def _halves(self, model: nn.Module, scaled: Tensor) -> dict[str, Tensor]:
+        """What each score is joined from, `(n, 1 or 2)`, of the standardised PARTS `(n, parts)`."""
+        net: Any = model
+        means, shapes = self._means, self._shapes
+
+        def size(values: Tensor, count: int, *, below: float = self.below, power: float = 2.0) -> Tensor:
+            powers = torch.where(values > 0, values, -below * values).pow(power)  # parts that are not of the mean are 0
+            return (powers.sum(1) / count).pow(1 / power)
+
+        def of(parts: tuple[str, ...]) -> Tensor:
+            return scaled[:, [PARTS.index(part) for part in parts]]
+
+        count = len(self.parts)
+        whitened = {name: net.whitening(scaled, k) for k, name in enumerate(means)}
+        found = {name: size(values, len(means[name])) for name, values in whitened.items()} | {
+            "without_below": size(whitened["combined"], count, below=0),
+            "without_whitening": size(of(self.parts), count),
+            "without_shape": size(whitened["combined"], count),
+            "mean_of_parts": size(whitened["combined"], count, power=1),
+        }
+        second = {shape: size(of(shape), len(shape), below=0) for shape in set(shapes.values()) if shape}
+        return {name: torch.stack([half, *[second[s] for s in [shapes[name]] if s]], 1) for name, half in found.items()}
+
     def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
-        """Each part, with and without its model of normal images, and means of them, `(n,)` each."""
+        """Each part, with and without its model of normal images, and what is made of them, `(n,)` each."""
         model: Any = networks["calibration"]
         found = self._parts(model, self._views(networks, images))
         scaled = model.scale(found)
-        means = self._means
-
-        def whitened(name: str) -> Tensor:
-            return model.whitening(scaled[:, : len(PARTS)], list(means).index(name))
-
-        def size(values: Tensor, name: str = "combined", *, below: float = self.below, power: float = 2.0) -> Tensor:
-            powers = torch.where(values > 0, values, -below * values).pow(power)  # parts that are not of the mean are 0
-            return (powers.sum(1) / len(means[name])).pow(1 / power)
-
-        alone = scaled[:, [PARTS.index(part) for part in self.parts]]
-        combined = whitened("combined")
+        halves = self._halves(model, scaled[:, : len(PARTS)])
         return {
             **dict(zip(PARTS + PLAIN, found.unbind(1), strict=True)),
-            **{name: size(whitened(name), name) for name in means},
-            "without_below": size(combined, below=0),
-            "without_whitening": size(alone),
-            "mean_of_parts": size(combined, power=1),
+            **{name: model.halves[name](values).logsumexp(1) for name, values in halves.items()},
             "plain": scaled[:, len(PARTS) :].mean(1),
         }
 
@@ -303,7 +367,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
     def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:
         """Fit each view's model to training images, the scale of the parts to held-out ones, and the whitening.
 
-        How the parts go together takes more images than are held out: it is learned on the training images, each fifth
+        How parts and halves go together takes more images than are held out: it is learned on the training images, each fifth
         of them scored with models of the other four. The scale is learned there too where none could be held out; where
         few were, those scores count in it like FEWEST_HELD_OUT more.
         """
@@ -323,7 +387,10 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             own = self._parts(model, self._all_views(networks, held_out))
             known = torch.cat(crossed) if crossed else own
             model.scale.fit(own, known, worth=FEWEST_HELD_OUT)
-        model.whitening.fit(model.scale(known)[:, : len(PARTS)])
+        scaled = model.scale(known)[:, : len(PARTS)]
+        model.whitening.fit(scaled)
+        for name, values in self._halves(model, scaled).items():
+            model.halves[name].fit(values)
 
     def _all_views(self, networks: Networks, chunks: list[Tensor]) -> dict[str, Tensor]:
         views = [self._views(networks, x) for x in chunks]
