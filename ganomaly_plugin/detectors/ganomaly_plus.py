@@ -345,8 +345,8 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             "without_shape": size(whitened["combined"], count),
             "mean_of_parts": size(whitened["combined"], count, power=1),
         }
-        second = {shape: size(of(shape), len(shape), below=0) for shape in set(shapes.values()) if shape}
-        return {name: torch.stack([half, *[second[s] for s in [shapes[name]] if s]], 1) for name, half in found.items()}
+        second = {shape: [size(of(shape), len(shape), below=0)] if shape else [] for shape in set(shapes.values())}
+        return {name: torch.stack([half, *second[shapes[name]]], 1) for name, half in found.items()}
 
     def scores(self, networks: Networks, images: Tensor) -> dict[str, Tensor]:
         """Each part, with and without its model of normal images, and what is made of them, `(n,)` each."""
