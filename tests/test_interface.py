@@ -206,6 +206,16 @@ def test_files_that_are_no_detectors(tmp_path: Path) -> None:
         make_detector("mean_intensity").fit(GOOD).save("")
 
 
+def test_weights_of_other_networks_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "detector.pt"
+    make_detector("ae", features=4, latent_dim=4).fit(GOOD, epochs=1).save(path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "hparams": {**content["hparams"], "features": 8}}, path)
+    with pytest.raises(CorruptFile, match=r"do not fit network .* of ae.* or train anew \(.*Missing key.*…\)") as refused:
+        load_detector(path)
+    assert len(str(refused.value)) < 450 and "\n" not in str(refused.value)
+
+
 def test_intensity_floor_by_hand() -> None:
     train = np.stack([np.full((1, 16, 16), v, dtype=np.float32) for v in (-0.2, 0.2)])  # mean 0, standard deviation 0.2
     test = np.stack([np.full((1, 16, 16), v, dtype=np.float32) for v in (-0.4, 0.1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,7 +142,10 @@ class RecipeDetector(BaseDetector):
             try:
                 network.load_state_dict(states[name])
             except (KeyError, RuntimeError) as error:
-                raise CorruptFile(f"The weights do not fit network {name!r} of {self.name}: {error}.") from error
+                raise CorruptFile(
+                    f"The weights do not fit network {name!r} of {self.name}: they are of other hyperparameters or of another "
+                    f"version. Load them with that one, or train anew ({shorten(str(error), 200, placeholder=' …')})."
+                ) from error
         self.networks_ = {name: to_device(net, device) for name, net in networks.items()}
         self.image_shape_, self.device_, self.history_, self.steps_ = chw, device, [], 0
         self.facts_ = {}
