@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from numbers import Integral
 
 
 class BenchError(Exception):
@@ -36,6 +37,13 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, BenchError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def check_seed(seed: object) -> int:
+    """`seed` as an int; raises InvalidInput unless it is a whole number of at least 0, also one of numpy's."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
+    return int(seed)
 
 
 def check_known(kind: str, name: object, known: Collection[str], *, todo: str = "") -> None:

@@ -161,6 +161,12 @@ def test_shares_are_checked(options: dict[str, float], said: str) -> None:
         make_split(PLAIN, STRICT, "0", 0, **options)
 
 
+@pytest.mark.parametrize("seed", [None, -1, 1.0, "0", True, 2**63])
+def test_seeds_are_whole_numbers(seed: object) -> None:
+    with pytest.raises(InvalidInput, match="seed must be a whole number of at least 0, got"):
+        make_split(PLAIN, STRICT, "0", seed)  # type: ignore[arg-type]
+
+
 def test_too_few_anomalies_say_how_many_there_are() -> None:
     few = labelled([100, 0], [20, 3])
     with pytest.raises(InvalidInput, match=r"needs 10 anomalies to train on, and there are 2 .*Take at most 0.021"):

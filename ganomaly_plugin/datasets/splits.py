@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ganomaly_plugin.datasets.base import ImageDataset
-from ganomaly_plugin.errors import InvalidInput, check_known
+from ganomaly_plugin.errors import InvalidInput, check_known, check_seed
 
 TEST_SHARE = 0.2  # of a data set without an official split, and of paper-v1's pooled normals
 REFERENCE_SHARE = 0.1  # of the training normals, held out by the strict protocols for thresholds
@@ -170,12 +170,13 @@ def make_split(
 
     Raises:
         InvalidInput: The protocol or class is unknown, a share is out of range or needs more anomalies than there are,
-            nothing is left to train on, or the test part lacks one kind.
+            the seed is no whole number of at least 0, nothing is left to train on, or the test part lacks one kind.
     """
     protocol = get_protocol(protocol_id)
     allowed = categories(dataset, protocol)
     check_known(f"class of {dataset.name} under {protocol_id}", category, allowed)
     _check_shares(train_fraction, contamination)
+    seed = check_seed(seed)
     is_normal, is_anomalous = _kinds(dataset, protocol, category)
     split = protocol.indices(dataset, is_normal, is_anomalous, seed)
     where = f"{dataset.name}, class {category}, {protocol_id}"

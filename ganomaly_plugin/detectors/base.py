@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ganomaly_plugin import __version__
 from ganomaly_plugin.core import OnEpoch
-from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted, check_seed
 from ganomaly_plugin.files import as_path
 from ganomaly_plugin.images import check_images
 
@@ -78,14 +78,13 @@ class BaseDetector(ABC):
         if steps is not None and (epochs is not None or not self.has_steps):
             why = "has no budget in steps" if not self.has_steps else f"got epochs={epochs} and steps={steps}"
             raise InvalidInput(f"{self.name or type(self).__name__} {why}. Give epochs or steps, not both.")
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-            raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
+        seed = check_seed(seed)
         checked = check_images(images)
         _, c, h, w = checked.shape
         self.check_shape((c, h, w))
         self.image_shape_ = (c, h, w)
         more: dict[str, Any] = {} if steps is None else {"steps": steps}
-        self._fit(checked, seed=int(seed), epochs=epochs, device=resolve_device(device), on_epoch=on_epoch, **more)
+        self._fit(checked, seed=seed, epochs=epochs, device=resolve_device(device), on_epoch=on_epoch, **more)
         return self
 
     def score(self, images: Any) -> np.ndarray:
