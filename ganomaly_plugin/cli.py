@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from ganomaly_plugin import __version__
@@ -283,13 +284,26 @@ def parse(words: Sequence[str]) -> Any:
     from jsonargparse import ArgumentError
 
     try:
-        return build_parser().parse_args(list(words))
+        return build_parser().parse_args(_configs_first(words))
     except (ArgumentError, BenchError, RecursionError, OSError):
         raise
     except Exception as error:  # the parser lets through what YAML and decoders raise for a file that is no config
         raise InvalidInput(
             f"A config cannot be read: {one_line(error)[:300]}. Give YAML of the options of bench run."
         ) from error
+
+
+def _configs_first(words: Sequence[str]) -> list[str]:
+    """`words` with their configs right behind the command: the parser lets the later word win, wherever a config stands."""
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            configs += [word, *islice(rest, 1)]
+        else:
+            (configs if word.startswith("--config=") else others).append(word)
+    return [*others[:1], *configs, *others[1:]]
 
 
 def _stop(text: str, code: int = EXIT_USAGE) -> int:

@@ -155,6 +155,13 @@ def test_config_file_with_the_command_line_on_top(bench, tmp_path: Path) -> None
     assert "ae[epochs=2,features=2,lr=0.001]" in stdout and "one-normal/strict-v1" in stdout
     code, stdout, _ = bench("run", "--config", config, "--seeds", "5", "--epochs", "15", "--dry-run")
     assert "seed 5" in stdout and "seed 0" not in stdout and "ae[features=2,lr=0.001]" in stdout
+    again = bench("run", "--seeds=5", "--epochs", "15", f"--config={config}", "--dry-run")  # wherever the config stands
+    assert again[:2] == (code, stdout)
+    more = tmp_path / "more.yaml"
+    more.write_text("seeds: 7\n")
+    code, stdout, _ = bench("run", "--classes", "4", "--config", config, "--epochs", "15", "--config", more, "--dry-run")
+    assert code == 0 and "2 jobs" in stdout and "seed 7" in stdout and "class 3" not in stdout  # of configs the later one
+    assert bench("run", "--dry-run", "--config")[0] == 2
 
 
 def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
