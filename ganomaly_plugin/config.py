@@ -73,7 +73,7 @@ class Model:
     epochs: int | None
     default_epochs: int | None
     has_epochs: bool
-    takes_batchnorm: bool
+    protocol_batchnorm: bool
     cls: Any
     steps: int | None = None
     default_steps: int | None = None
@@ -81,13 +81,13 @@ class Model:
     def job_fields(self, protocol: Protocol) -> dict[str, Any]:
         """The job's detector, hparams, epochs and label under `protocol`."""
         hparams = dict(self.given)
-        if self.takes_batchnorm and "batchnorm" not in hparams:
+        if self.protocol_batchnorm and "batchnorm" not in hparams:
             hparams["batchnorm"] = protocol.batchnorm
         detector = make_detector(self.name, **hparams)
         resolved = canonical_hparams(getattr(detector, "hparams", None) or {**default_hparams(self.cls), **hparams})
         epochs = (self.epochs or self.default_epochs) if self.has_epochs and self.steps is None else None
         defaults = canonical_hparams(default_hparams(self.cls))
-        if self.takes_batchnorm:  # a name without options means the protocol's, and another choice shows
+        if self.protocol_batchnorm:  # a name without options means the protocol's, and another choice shows
             defaults["batchnorm"] = protocol.batchnorm
         shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
         if epochs is not None and (self.default_steps is not None or epochs != self.default_epochs):
@@ -244,7 +244,7 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
         epochs=epochs,
         default_epochs=getattr(cls, "default_epochs", None),
         has_epochs=recipe or getattr(cls, "has_epochs", True),
-        takes_batchnorm="batchnorm" in known,
+        protocol_batchnorm="batchnorm" in known and getattr(cls, "protocol_batchnorm", True),
         cls=cls,
         steps=steps,
         default_steps=default_steps,

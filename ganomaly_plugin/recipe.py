@@ -103,6 +103,9 @@ class Recipe(ABC):
     default_epochs: ClassVar[int] = 15
     #: The budget in steps of a method that has no published epochs; it comes before `default_epochs`.
     default_steps: ClassVar[int | None] = None
+    #: Whether a protocol says which statistics BatchNorm uses, where the user doesn't. Not for a score that holds each image
+    #: against normal ones: in a batch with anomalies their statistics would make normal images look strange.
+    protocol_batchnorm: ClassVar[bool] = True
     #: Names of the scores that `scores` gives; empty for a method that has one score only.
     score_names: ClassVar[tuple[str, ...]] = ()
     #: Whether score and anomaly map are plain functions of the image, which ONNX can hold; a gradient search is none.

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job, RunRecord
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.labels import distinctly_labelled
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import make_tables
-from ganomaly_plugin.selection import parse_selection, show
+from ganomaly_plugin.selection import Selection, parse_selection, show
 
 
 def record(auroc: float, label: str = "ae[lr=0.5]", protocol: str = "one-anomalous/strict-v1", **hparams: object) -> RunRecord:
@@ -44,6 +45,13 @@ def test_a_label_names_what_differs_from_the_protocol(tmp_path: Path, bench) -> 
     assert [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]] == ["ganomaly", "ganomaly[batchnorm=running]"]
     _, stdout, _ = bench("run", "--models", models, *words)
     assert [line.split(" · ")[0].split()[1] for line in stdout.splitlines()[:-1]] == ["ganomaly", "ganomaly[batchnorm=batch]"]
+
+
+def test_a_score_calibrated_on_normal_images_keeps_running_statistics() -> None:
+    models = [Selection("ganomaly_plus"), Selection("ganomaly_plus", {"batchnorm": "batch"}), Selection("ganomaly")]
+    experiment = Experiment(models, [Selection("digits")], ["one-anomalous/paper-v1"], ["0"], image_size=16)
+    statistics = {job.label: job.hparams["batchnorm"] for job in expand(experiment)}
+    assert statistics == {"ganomaly_plus": "running", "ganomaly_plus[batchnorm=batch]": "batch", "ganomaly": "batch"}
 
 
 def test_a_label_names_a_budget_that_is_not_the_methods_own(tmp_path: Path, bench) -> None:

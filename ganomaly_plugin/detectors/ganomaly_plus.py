@@ -173,6 +173,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
     normalise: bool = False
 
     default_steps: ClassVar[int | None] = 200
+    protocol_batchnorm: ClassVar[bool] = False
     score_names: ClassVar[tuple[str, ...]] = (
         *PARTS,
         *PLAIN,
