@@ -13,11 +13,9 @@ from ganomaly_plugin.detectors.ganomaly_plus import (
     PARTS,
     SHAPE,
     GanomalyPlusRecipe,
-    levelled,
-    oriented_gradients,
     turn_loss,
-    turned,
 )
+from ganomaly_plugin.detectors.image_views import histograms, levelled, oriented_gradients, turned
 from ganomaly_plugin.detectors.normal_models import STATISTICS, Components, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc
@@ -146,21 +144,23 @@ def test_few_held_out_images_share_the_scale_with_the_folds():
 @pytest.mark.parametrize(("side", "cells"), [(16, 8), (16, 4), (48, 4)])
 def test_gradients_are_told_by_where_they_are_and_which_way_they_point(side, cells):
     rows, columns = np.mgrid[:side, :side].astype(np.float32)
-    ramps = torch.from_numpy(
-        np.stack([columns, -columns, rows, (rows + columns) / 2])[:, None] / side
-    )  # brighter eastwards, ...
-    found = oriented_gradients(ramps.expand(-1, 3, -1, -1), cells).view(4, 8, cells, cells)
-    assert torch.allclose(found[0], oriented_gradients(ramps[:1], cells).view(8, cells, cells), atol=1e-6)  # grey is a channel
+    ramps = torch.from_numpy(np.stack([columns, -columns, rows, (rows + columns) / 2])[:, None] / side)
+
+    def hog(images):
+        return histograms(oriented_gradients(images), cells)
+
+    found = hog(ramps.expand(-1, 3, -1, -1)).view(4, 8, cells, cells)
+    assert torch.allclose(found[0], hog(ramps[:1]).view(8, cells, cells), atol=1e-6)  # grey is a channel
     inside = found[..., 1:-1, 1:-1].mean((2, 3))
     assert inside.argmax(1).tolist() == [0, 4, 2, 1]
     assert ((inside > 1e-2).sum(1) == 1).all()  # no other direction is as near as an eighth of a turn
-    assert not oriented_gradients(torch.full((1, 1, side, side), 0.3), cells).any()
+    assert not hog(torch.full((1, 1, side, side), 0.3)).any()
     edge = torch.zeros(1, 1, side, side)
     edge[..., side // 2 :] = 1.0  # a step in the middle, seen by the cells beside it alone
-    seen = oriented_gradients(edge, cells).view(8, cells, cells)[0].amax(0)
+    seen = hog(edge).view(8, cells, cells)[0].amax(0)
     assert seen.nonzero().flatten().tolist() == [cells // 2 - 1, cells // 2]
     between = torch.from_numpy((columns + np.tan(np.pi / 8) * rows)[None, None] / side).float()
-    shares = oriented_gradients(between, cells).view(8, -1).mean(1)
+    shares = hog(between).view(8, -1).mean(1)
     assert torch.allclose(shares[0], shares[1], rtol=0.1) and not shares[2:7].any()
 
 

@@ -20,7 +20,6 @@ its features learn what the images show. What else is new happens after training
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.detectors.image_views import DIRECTIONS, TURNS, histograms, levelled, oriented_gradients, turned
 from ganomaly_plugin.detectors.normal_models import PEAK, STATISTICS, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
@@ -36,7 +36,6 @@ from ganomaly_plugin.training.validation import FEWEST_HELD_OUT
 
 VIEWS = ("image", "levelled", "hog8", "hog4", "latent", "residual", "feature", "turned")
 CELLS = {"hog8": 8, "hog4": 4}  # of the views that are histograms, along an image's side
-DIRECTIONS = 8  # that a gradient may have
 IMAGES = ("image", "levelled", "residual")  # the views that are images
 PARTS = tuple(f"{view}_{statistic}" for view in VIEWS for statistic in (*STATISTICS, *[PEAK] * (view in IMAGES)))
 #: GANomaly's own score, and mean squares of the differences: what there is without a model of normal vectors.
@@ -62,39 +61,6 @@ SHAPE = ("levelled_nearest", "hog8_nearest", "hog4_nearest")
 #: What may be left out of the score, to see what it is worth: parts with one of these in their names.
 LEFT_OUT = ("image", "levelled", "hog", "latent", "feature", "turned", "outside", "nearest", PEAK)
 FOLDS = 5  # of the training images: the parts of each are taken with models of the others
-TURNS = 4  # quarter turns of an image
-
-
-def levelled(images: Tensor) -> Tensor:
-    """`images` `(n, c, h, w)`, each shifted and scaled to mean 0 and deviation 0.5 over its pixels and channels."""
-    centred = images - images.mean((1, 2, 3), keepdim=True)
-    return 0.5 * centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt()
-
-
-def oriented_gradients(images: Tensor, cells: int) -> Tensor:
-    """Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) of `images` `(n, c, s, s)`, their channels' mean.
-
-    Args:
-        images: Square images, their side a multiple of `2 * cells`.
-        cells: Windows along a side, each twice as wide as they are apart.
-
-    Returns:
-        `(n, DIRECTIONS * cells * cells)`, at least 0: roots of the mean length of the gradients in each direction, each
-        shared by the one or two directions less than 360° / DIRECTIONS away. The border is repeated.
-    """
-    grey = nn.functional.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
-    step = 2 * torch.pi / DIRECTIONS
-    angles = (step * torch.arange(DIRECTIONS, device=images.device)).view(-1, 1, 1)
-    along = across * angles.cos() + down * angles.sin()  # (n, directions, s, s)
-    length = (across.square() + down.square()).sqrt()
-    apart = images.shape[-1] // cells
-    return nn.functional.avg_pool2d((along - math.cos(step) * length).relu(), 2 * apart, apart, apart // 2).sqrt().flatten(1)
-
-
-def turned(images: Tensor) -> Tensor:
-    """`images` `(n, c, s, s)` by no, one, two and three quarter turns, `(4 n, c, s, s)`."""
-    return torch.cat([torch.rot90(images, k, (2, 3)) for k in range(TURNS)])
 
 
 def turn_loss(logits: Tensor) -> Tensor:
@@ -308,10 +274,11 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         _, features_hat = networks["discriminator"](x_hat)
         of_turns = features.unflatten(0, (TURNS, -1))  # (turns, n, w, s, s)
         shown = levelled(images)
+        gradients = oriented_gradients(shown)
         vectors = {
             "image": x,
             "levelled": shown,
-            **{view: oriented_gradients(shown, cells) for view, cells in CELLS.items()},
+            **{view: histograms(gradients, cells) for view, cells in CELLS.items()},
             "latent": torch.cat([z, z - z_hat], 1),
             "residual": x - x_hat,
             "feature": of_turns[0],
@@ -326,9 +293,8 @@ class GanomalyPlusRecipe(GanomalyRecipe):
         squares = torch.stack([vector.square().mean(1) for vector in (latent, vectors["residual"], difference)], 1)
         return torch.cat([model(vectors), squares], 1)
 
-    def _halves(self, model: nn.Module, scaled: Tensor) -> dict[str, Tensor]:
+    def _halves(self, model: Any, scaled: Tensor) -> dict[str, Tensor]:
         """What each score is joined from, `(n, 1 or 2)`, of the standardised PARTS `(n, parts)`."""
-        net: Any = model
         means, shapes = self._means, self._shapes
 
         def size(values: Tensor, count: int, *, below: float = self.below, power: float = 2.0) -> Tensor:
@@ -339,7 +305,7 @@ class GanomalyPlusRecipe(GanomalyRecipe):
             return scaled[:, [PARTS.index(part) for part in parts]]
 
         count = len(self.parts)
-        whitened = {name: net.whitening(scaled, k) for k, name in enumerate(means)}
+        whitened = {name: model.whitening(scaled, k) for k, name in enumerate(means)}
         found = {name: size(values, len(means[name])) for name, values in whitened.items()} | {
             "without_below": size(whitened["combined"], count, below=0),
             "without_whitening": size(of(self.parts), count),
