@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Phase, Recipe, StepInput, Tensors
+from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput, Tensors
 from ganomaly_plugin.training.captured import Record, Replayed
-from ganomaly_plugin.training.convolutions import Convolutions, convolutions_as
+from ganomaly_plugin.training.convolutions import Convolutions, in_order, layers_of_all
 from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
-from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.precision import networks_in, precision
 from ganomaly_plugin.training.redraw import Spares
 
 
@@ -51,8 +51,9 @@ class _Networks(nn.Module):
         super().__init__()
         self.networks = nn.ModuleDict(dict(networks))
 
-    def forward(self, phase: Phase, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
-        return phase.loss({str(name): network for name, network in self.networks.items()}, step)
+    def forward(self, phase: Phase, step: StepInput, precision: Precision) -> tuple[Tensor, dict[str, Tensor]]:
+        called = networks_in(precision, {str(name): network for name, network in self.networks.items()})
+        return phase.loss(called, step)
 
 
 class StackedTrainer:
@@ -89,7 +90,7 @@ class StackedTrainer:
             network.train(name in trained)
         wrapped = [_Networks(networks) for networks in models]
         self.weights = {
-            name: torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device).requires_grad_()
+            name: self._weight(torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
             for name, _ in wrapped[0].named_parameters()
         }
         self.buffers = {
@@ -183,13 +184,13 @@ class StackedTrainer:
         """Go on with these models only, in this order."""
         index = torch.tensor(models, device=self.device)
         old = dict(self.weights)
-        self.weights = {name: weight.detach()[index].requires_grad_() for name, weight in old.items()}
+        self.weights = {name: self._weight(weight.detach()[index]) for name, weight in old.items()}
         self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
         for k, phase in enumerate(self.phases):
             before, self._optimisers[k] = self._optimisers[k], make_optimiser(phase.optimiser, self._trained(phase))
             for name in self._trained_names(phase):
                 state = {
-                    key: value[index] if value.ndim and value.shape == old[name].shape else value
+                    key: in_order(value[index], self.convolutions) if value.ndim and value.shape == old[name].shape else value
                     for key, value in before.state.get(old[name], {}).items()
                 }
                 if state:
@@ -206,14 +207,18 @@ class StackedTrainer:
         for spares in self._spares.values():
             spares.refill()
 
+    def _weight(self, values: Tensor) -> Tensor:
+        return in_order(values, self.convolutions).requires_grad_()
+
     def _mapped(self, phase: Phase) -> Any:
         def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
             step = StepInput(images, draws, earlier)
-            return functional_call(self._template, (weights, buffers), (phase, step), strict=True)
+            return functional_call(self._template, (weights, buffers), (phase, step, self.recipe.precision), strict=True)
 
         def all_(*arguments: Any) -> Any:
-            with convolutions_as(self.convolutions, self.recipe.precision):
-                if len(self) == 1:  # mapping over a single model would only cost
+            mapped = len(self) > 1 or self.convolutions == "matmul"  # mapping a single model would only cost
+            with layers_of_all(self.convolutions, self.recipe.precision, mapped=mapped):
+                if not mapped:
                     only = tree_map_only(Tensor, lambda tensor: tensor[0], arguments)
                     return tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), one(*only))
                 return vmap(one, randomness="error")(*arguments)
