@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.speed.work import count_work
 from ganomaly_plugin.training import captured, plain, stacked
 from ganomaly_plugin.training.captured import WARM_UP, Replayed
 from ganomaly_plugin.training.convolutions import layers_of_all
@@ -285,6 +286,22 @@ def test_a_gpu_takes_batchnorm_after_matrix_products(side):
     with FakeTensorMode(), layers_of_all("matmul", "float32"):
         arguments = [torch.empty(2, *shape, device="cuda") for shape in ((16, 3, side, side), (5, 3, 1, 1), (5,))]
         assert torch.func.vmap(one)(*arguments).shape == (2, 16, 5, side, side)
+
+
+def test_operations_can_be_seen_where_steps_are_replayed():
+    recipe = recipe_of("ae")
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in (0, 1)]
+    stack, plainly = (
+        make_stack(recipe, models, seeds=[0, 1], device=CPU, how="grouped", record=r) for r in (record_tape, None)
+    )
+    images = digits()[:32].view(2, 16, 1, 16, 16)
+    for _ in range(WARM_UP + 1):
+        stack.step(images), plainly.step(images)
+    assert stack.is_recorded
+    seen = [count_work(lambda each=each: each.step(images)) for each in (stack, plainly)]
+    assert seen[0] == seen[1] and seen[0].flops > 0
+    mine, theirs = (each.step(images) for each in (stack, plainly))  # and the steps that were watched were steps
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_nothing_is_recorded_where_there_are_no_graphs():

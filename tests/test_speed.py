@@ -16,7 +16,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.speed import timing, trainers, work
 from ganomaly_plugin.speed.timing import time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
-from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
+from ganomaly_plugin.speed.work import copying, count_work, matmul, peak_memory
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 
 CPU = torch.device("cpu")
@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SHORTEST", 1e-4)
     monkeypatch.setitem(work.SIDES, "cpu", 64)
+    monkeypatch.setitem(work.COPIED, "cpu", 64)
 
 
 def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
@@ -39,6 +40,8 @@ def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
     assert (rows["images_per_second"] > 0).all() and (rows["turns"] == 5).all() and (rows["peak_memory_mib"] > 0).all()
     assert rows["time_ratio_to_first"][0] == 1 and rows["hardware"].str.contains("threads").all()
     assert rows["mflop_per_image"][0] > rows["mflop_per_image"][2] and (rows["share_of_ceiling"] > 0).all()
+    moved = rows["mb_moved_per_image"]  # of the Engine it is not seen what a step moves
+    assert moved[0] > moved[2] > 0 and list(rows["share_of_bandwidth"].isna()) == [False, True, *[False] * 4]
 
 
 def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
@@ -49,6 +52,8 @@ def test_models_trained_together_count_their_images_together(bench, tmp_path: Pa
     rows = pd.read_csv(tmp_path / "speed.csv")
     assert list(rows["models"]) == [1, 3, 3, 3, 3] and list(rows["images_per_call"]) == [4, 12, 12, 12, 12]
     assert rows["mflop_per_image"].round(6).nunique() == 1
+    plain, grouped, products, *_ = rows["mb_moved_per_image"]
+    assert 0 < grouped < 1.1 * plain < products
     code, _, said = bench("speed", "--models", "f_anogan", "--trainers", "stacked", "--peers", "none", "--image-size", 16)
     assert code == 2 and "cannot be stacked: it trains in 2 stages" in said
 
@@ -90,14 +95,33 @@ def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:
 
 def test_flops_by_hand() -> None:
     product, flops = matmul(CPU, torch.float32, side=8)
-    assert count_flops(product) == flops == 2 * 8**3
+    assert count_work(product).flops == flops == 2 * 8**3
     x, weight = torch.ones(3, 2, 8, 8), torch.ones(5, 2, 4, 4, requires_grad=True)
     convolution = 2 * 3 * 5 * 4 * 4 * 2 * 4 * 4  # images × outputs × map × inputs × kernel, twice
 
     def forward_and_backward() -> None:
         torch.nn.functional.conv2d(x, weight, stride=2, padding=1).sum().backward()
 
-    assert count_flops(forward_and_backward) == 2 * convolution  # x needs no gradient
+    assert count_work(forward_and_backward).flops == 2 * convolution  # x needs no gradient
+
+
+def test_bytes_moved_by_hand() -> None:
+    product, _ = matmul(CPU, torch.float32, side=8)
+    assert count_work(product).moved == 4 * 3 * 8**2  # two factors and the answer, which lies there already
+    copy, moved = copying(CPU, count=10)
+    assert count_work(copy).moved == moved == 80
+    x, y = torch.ones(10, 10), torch.ones(10, 10, dtype=torch.bfloat16)
+    for task, numbers in (
+        (lambda: x + y, 400 + 200 + 400),
+        (lambda: x.add_(1), 400 + 400),
+        (lambda: x.t()[2:], 0),
+        (lambda: x[2:5].clone(), 120 + 120),
+        (lambda: torch.empty_like(x), 0),
+        (lambda: x.new_zeros(5), 20),
+        (lambda: torch.cat([x, x]), 400 + 400 + 800),
+        (lambda: torch._foreach_add_([x, x], 1.0), 4 * 400),
+    ):
+        assert count_work(task).moved == numbers
 
 
 def test_peak_memory_by_hand() -> None:
@@ -124,8 +148,9 @@ def test_the_plain_step_is_a_training_step() -> None:
     recipe = GanomalyRecipe(features=2, latent_dim=4, batch_size=4)
     images = torch.randint(0, 256, (10, 1, 16, 16), dtype=torch.uint8)
     prepared = plain(recipe, recipe.stages[0], Setting(images, CPU))
+    assert prepared.by_torch
     assert prepared.images == 4 * steps_in_cycle(recipe.stages[0]) == 4 and prepared.models == 1
-    assert count_flops(prepared.step) > 0
+    assert count_work(prepared.step).flops > 0
 
 
 def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +168,7 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
     for name, network in trainers[0].networks.items():
         torch.testing.assert_close(trainers[1].networks[name].state_dict(), network.state_dict(), rtol=1e-5, atol=1e-7)
+    assert not TRAINERS["compiled"](recipe, recipe.stages[0], Setting(images, CPU)).by_torch
     critic = FAnoganRecipe(features=2, latent_dim=2, batch_size=4)
     with pytest.raises(InvalidInput, match=r"cannot be trained compiled: .*double backward"):
         TRAINERS["compiled"](critic, critic.stages[0], Setting(images, CPU))

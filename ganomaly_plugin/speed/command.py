@@ -27,7 +27,10 @@ from ganomaly_plugin.speed.trainers import TRAINERS, Setting
 
 MEASURES = ("training", "scoring")
 _MEBI = 2**20
-_HEAD = ("", "images/s", "ms a call", "fastest–slowest", "time", "latency ms", "MiB", "parameters", "MFLOP/image", "of ceiling")
+_HEAD = (
+    *("", "images/s", "ms a call", "fastest–slowest", "time", "latency ms", "MiB", "parameters"),
+    *("MFLOP/image", "of ceiling", "MB/image", "of bandwidth"),
+)
 
 
 def run_speed(options: Any) -> int:
@@ -130,11 +133,18 @@ def figures(row: Row, first: Row) -> dict[str, str]:
         "latency_ms": ms(latency.median) if latency else "",
         "peak_memory_mib": f"{row.peak_memory / _MEBI:.1f}",
         "parameters": str(row.parameters),
-        "mflop_per_image": f"{row.flops / 1e6:.3f}" if row.flops is not None else "",
+        "mflop_per_image": _number(row.flops, 3, 1e6),
         "gflop_per_second": f"{row.flops * row.images_per_second / 1e9:.2f}" if row.flops is not None else "",
-        "ceiling_gflop_per_second": f"{row.ceiling / 1e9:.2f}" if row.ceiling else "",
-        "share_of_ceiling": f"{row.share:.4f}" if row.share is not None else "",
+        "ceiling_gflop_per_second": _number(row.ceiling, 2, 1e9),
+        "share_of_ceiling": _number(row.share, 4),
+        "mb_moved_per_image": _number(row.moved, 3, 1e6),
+        "copy_gb_per_second": _number(row.bandwidth, 2, 1e9),
+        "share_of_bandwidth": _number(row.share_of_bandwidth, 4),
     }
+
+
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
 
 
 def _firsts(rows: Sequence[Row]) -> list[Row]:
@@ -147,9 +157,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row, first in zip(rows, _firsts(rows), strict=True):
         its = figures(row, first)
         span = f"{row.timing.fastest * 1e3:.2f}–{row.timing.slowest * 1e3:.2f}"
-        share = f"{row.share:.1%}" if row.share is not None else ""
+        share, of_bandwidth = ("" if each is None else f"{each:.1%}" for each in (row.share, row.share_of_bandwidth))
         latency = f"{row.latency.median * 1e3:.2f}" if row.latency else ""
-        work = f"{row.flops / 1e6:.1f}" if row.flops is not None else ""
         lines.append(
             [
                 _name(row),
@@ -160,13 +169,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 latency,
                 its["peak_memory_mib"],
                 f"{row.parameters:,}",
-                work,
+                _number(row.flops, 1, 1e6),
                 share,
+                _number(row.moved, 1, 1e6),
+                of_bandwidth,
             ]
         )
     widths = [max(len(line[k]) for line in lines) for k in range(len(_HEAD))]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     ceilings = {f"{row.ceiling / 1e9:.0f} GFLOP/s in {row.precision}" for row in rows if row.ceiling}
+    ceilings |= {f"{row.bandwidth / 1e9:.0f} GB/s in copying" for row in rows if row.bandwidth}
     return [*text, *(f"ceiling: {line}" for line in sorted(ceilings)), *_ratios(rows)]
 
 

@@ -19,7 +19,7 @@ from ganomaly_plugin.selection import Selection, show
 from ganomaly_plugin.speed.peers import AnomalibEngine, authors
 from ganomaly_plugin.speed.timing import Task, Timing, time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Prepared, Setting, plain
-from ganomaly_plugin.speed.work import count_flops, matmul, peak_memory
+from ganomaly_plugin.speed.work import copying, count_work, matmul, peak_memory
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.precision import precision
 
@@ -41,7 +41,9 @@ class Row:
     parameters: int  # of one model
     peak_memory: int  # bytes
     flops: float | None  # of one image; None where nothing can be counted
+    moved: float | None = None  # bytes that operations read and write for one image; None where they are not seen
     ceiling: float | None = None  # FLOP/s of the matrix product in the same turns
+    bandwidth: float | None = None  # bytes/s of the copy in the same turns
     latency: Timing | None = None  # scoring one image
 
     @property
@@ -53,6 +55,11 @@ class Row:
     def share(self) -> float | None:
         """The share of the measured ceiling that is reached."""
         return None if self.flops is None or not self.ceiling else self.flops * self.images_per_second / self.ceiling
+
+    @property
+    def share_of_bandwidth(self) -> float | None:
+        """Bytes moved in a second as a share of what a copy moves; above 1 where caches spare the memory."""
+        return None if self.moved is None or not self.bandwidth else self.moved * self.images_per_second / self.bandwidth
 
 
 @dataclass
@@ -100,7 +107,7 @@ def time_training(
         recipe.check_shape(setting.chw)
         for stage in recipe.stages:
             name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
-            flops = _flops_per_image(plain(recipe, stage, setting))
+            flops, _ = _work_per_image(plain(recipe, stage, setting))
             for trainer in trainers:
                 prepare = functools.partial(TRAINERS[trainer], recipe, stage, setting)
                 try:
@@ -133,6 +140,7 @@ def _prepared(
 
     memory = peak_memory(work, setting.device)
     (prepared,) = made
+    its_flops, moved = _work_per_image(prepared)
     fields = {
         "what": "training",
         "detector": label,
@@ -142,7 +150,8 @@ def _prepared(
         "images": prepared.images,
         "parameters": _size(recipe.build(setting.chw).values()),
         "peak_memory": memory,
-        "flops": _flops_per_image(prepared) if flops is None else flops,
+        "flops": its_flops if flops is None else flops,
+        "moved": moved if prepared.by_torch else None,
     }
     return _Candidate(fields, _in_precision(prepared.step, recipe.precision))
 
@@ -166,13 +175,14 @@ def _anomalib(engine: AnomalibEngine, label: str, recipe: GanomalyRecipe, settin
         "images": engine.batch_size,
         "parameters": _size([engine.steps(1).model]),
         "peak_memory": memory,
-        "flops": count_flops(lambda: engine.steps(1)) / engine.batch_size,
+        "flops": count_work(lambda: engine.steps(1)).flops / engine.batch_size,
     }
     return _Candidate(fields, None)
 
 
-def _flops_per_image(prepared: Prepared) -> float:
-    return count_flops(prepared.step) / prepared.images
+def _work_per_image(prepared: Prepared) -> tuple[float, float]:
+    work = count_work(prepared.step)
+    return work.flops / prepared.images, work.moved / prepared.images
 
 
 def _size(modules: Any) -> int:
@@ -192,6 +202,7 @@ def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> 
     detector = make_detector(selection.name, **selection.options).fit(images[:CHUNK], epochs=1, device=str(device))
     networks = list(getattr(detector, "networks_", {}).values()) or [getattr(detector, "model_", torch.nn.Module())]
     weights = sum(t.nbytes for net in networks for t in [*net.parameters(), *net.buffers()])
+    work = count_work(lambda: detector.score(images[:1]))
     fields = {
         "what": "scoring",
         "detector": show(selection.name, selection.options),
@@ -201,7 +212,7 @@ def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> 
         "images": len(images),
         "parameters": _size(networks),
         "peak_memory": weights + peak_memory(lambda: detector.score(images[:CHUNK]), device),
-        "flops": count_flops(lambda: detector.score(images[:1])) or None,
+        "flops": work.flops or None,
     }
     return _Candidate(fields, lambda: detector.score(images), latency=lambda: detector.score(images[:1]))
 
@@ -213,13 +224,14 @@ def _timed(
     host: tuple[str, AnomalibEngine] | None,
     patience: float = float("inf"),
 ) -> list[Row]:
-    """Time the candidates, and beside them a large matrix product in each precision that occurs, all in turns."""
+    """Time the candidates, and beside them a large copy and a large matrix product in each precision that occurs, in turns."""
     tasks = {str(k): c.task for k, c in enumerate(candidates) if c.task is not None}
     tasks |= {f"latency {k}": c.latency for k, c in enumerate(candidates) if c.latency is not None}
     ceiling_flops = {}
     for name in dict.fromkeys(c.fields["precision"] for c in candidates):
         product, ceiling_flops[name] = matmul(device, torch.bfloat16 if name == "bf16" else torch.float32)
         tasks[f"ceiling {name}"] = _in_precision(product, name)
+    tasks["copy"], copied = copying(device)
     timings = time_in_turns(tasks, device, repeats, host=host, patience=patience)
     ceilings = {name: flops / timings[f"ceiling {name}"].median for name, flops in ceiling_flops.items()}
     return [
@@ -227,6 +239,7 @@ def _timed(
             **c.fields,
             timing=timings[str(k)],
             ceiling=ceilings[c.fields["precision"]],
+            bandwidth=copied / timings["copy"].median,
             latency=timings.get(f"latency {k}"),
         )
         for k, c in enumerate(candidates)

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step ready to be timed. `step` trains every model on its next batch; its answer is not looked at."""
+    """A step ready to be timed. `step` trains every model on its next batch; its answer is not looked at.
+
+    `by_torch`: whether torch carries out its operations one by one, so that they can be counted.
+    """
 
     step: Callable[[], Any]
     images: int  # that a step trains on, summed over the models
     models: int = 1
+    by_torch: bool = True
 
 
 #: (recipe, one of its stages, setting) → a step. Raises InvalidInput for what the trainer cannot train.
@@ -60,7 +64,7 @@ def compiled(recipe: Recipe, stage: Stage, setting: Setting) -> Prepared:
         prepared.step()
     except RuntimeError as error:  # a gradient of a gradient, or no C++ compiler
         raise InvalidInput(f"{type(recipe).__name__} cannot be trained compiled: {one_line(error)[:200]}") from error
-    return prepared
+    return replace(prepared, by_torch=False)
 
 
 def _plain(recipe: Recipe, stage: Stage, setting: Setting, *, compiled: bool = False) -> Prepared:

@@ -1,4 +1,4 @@
-"""How much work a task is: floating-point operations, the most memory it holds, and what the device can do at best."""
+"""How much work a task is: operations, memory moved and held; and what the device can do at best."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ganomaly_plugin.speed.timing import Task
@@ -18,17 +21,30 @@ from ganomaly_plugin.training.captured import never_recorded
 
 #: Side of the square matrices whose product is the ceiling: large enough that nothing but arithmetic takes time.
 SIDES = {"cpu": 2048, "cuda": 8192}
+#: Numbers whose copy is the memory's ceiling: too many for any cache.
+COPIED = {"cpu": 2**26, "cuda": 2**29}
 
 
-def count_flops(task: Task) -> int:
-    """Floating-point operations of the convolutions and matrix products of one call, backward passes included.
+@dataclass(frozen=True)
+class Work:
+    """What a task does, whoever does it.
 
-    A multiplication and an addition count as two. Element-wise work, under a hundredth here, is not counted. Nothing is
-    replayed meanwhile, since the operations of a CUDA graph are not seen.
+    Attributes:
+        flops: Floating-point operations of convolutions and matrix products, backward passes included. A multiplication and an
+            addition count as two. Element-wise work, under a hundredth here, is not counted.
+        moved: Bytes that the operations read and write, each its own: what they move through a memory whose caches keep nothing
+            from one operation to the next. What an operation keeps to itself, as patches within a convolution, is not seen.
     """
+
+    flops: int
+    moved: int
+
+
+def count_work(task: Task) -> Work:
+    """The work of one call of `task`. Nothing is replayed meanwhile, since the operations of a CUDA graph are not seen."""
     with never_recorded(), _Counter() as counter:
         task()
-    return counter.total
+    return Work(counter.flops, counter.moved)
 
 
 class _Counter(TorchDispatchMode):
@@ -36,14 +52,47 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.flops = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        self.moved += _moved(func, args, kwargs, result)
         return result
+
+
+def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operation reads and writes."""
+    name = func._schema.name.partition("::")[2]
+    if "empty" in name:  # writes nothing
+        return 0
+    overwrites = name in ("copy_", "fill_", "zero_")  # in place, but what was there is not read
+    only_shape = name.startswith("new_") or name.endswith("_like")
+    changed: list[Tensor] = []
+    read: list[Tensor] = []
+    for k, argument in enumerate(func._schema.arguments):
+        values = _tensors(args[k] if k < len(args) else kwargs.get(argument.name))
+        is_changed = argument.alias_info is not None and argument.alias_info.is_write
+        if is_changed:
+            changed += values
+        if not only_shape and not (is_changed and (overwrites or argument.is_out)):
+            read += values
+    given = {_place(value) for value in _tensors((args, kwargs))}
+    made = [value for value in _tensors(result) if _place(value) not in given]
+    if not changed and not made:  # a view of what it was given
+        return 0
+    return sum(value.numel() * value.element_size() for value in (*read, *changed, *made))
+
+
+def _place(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def peak_memory(task: Task, device: torch.device) -> int:
@@ -96,3 +145,10 @@ def matmul(device: torch.device, dtype: torch.dtype, side: int | None = None) ->
     a, b = (torch.randn(side, side, generator=torch.Generator().manual_seed(k)).to(device, dtype) for k in (0, 1))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * side**3
+
+
+def copying(device: torch.device, count: int | None = None) -> tuple[Callable[[], Any], int]:
+    """A copy of a large tensor, of `count` numbers, and the bytes that it moves: what the device's memory reaches at best."""
+    source = torch.zeros(count or COPIED.get(device.type, COPIED["cpu"]), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.nbytes

@@ -59,7 +59,7 @@ _never_records = False
 
 @contextlib.contextmanager
 def never_recorded() -> Iterator[None]:
-    """Within it no work is recorded, for who has to see every operation of it."""
+    """Within it no work is recorded or replayed, for who has to see every operation of it."""
     global _never_records
     before, _never_records = _never_records, True
     try:
@@ -100,9 +100,9 @@ class Replayed:
 
     def __call__(self, inputs: Any) -> dict[str, Tensor]:
         """The outputs of the work on `inputs`."""
-        self._calls += 1
-        if self._record is None:
+        if self._record is None or _never_records:
             return self._work(inputs)
+        self._calls += 1
         if self._calls <= WARM_UP:
             return self._aside(inputs)
         if self._replay is None:
