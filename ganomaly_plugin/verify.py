@@ -6,6 +6,7 @@ test scores. `tests/golden/README.md` describes the keys.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zipfile
@@ -26,7 +27,7 @@ from ganomaly_plugin.recipe import Networks
 from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import scoring_mode
-from ganomaly_plugin.training.stack import How, default_how, make_stack
+from ganomaly_plugin.training.stack import HOWS, How, default_how, make_stack
 
 Replay = tuple[np.ndarray, Networks]
 LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
@@ -57,12 +58,18 @@ def _plain(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches
     return _table(losses), trainer.networks
 
 
-def _stacked(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
-    """The recorded training as the second of three mapped models, as a GPU does it; its neighbours see other images."""
-    how: How = "grouped" if device.type == "cpu" else default_how(device)
+def _stacked(
+    recipe: GanomalyRecipe,
+    networks: dict[str, torch.nn.Module],
+    batches: Tensor,
+    device: torch.device,
+    how: How | None = None,
+) -> Replay:
+    """The recorded training as the second of three models, mapped if `how` does not say; its neighbours see other images."""
+    how = how or ("grouped" if device.type == "cpu" else default_how(device))
     stack = make_stack(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, how=how, record=record_on(device))
     losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
-    return _table([{name: value[1] for name, value in step.items()} for step in losses]), stack.scoring_networks(1)
+    return _table([{name: value[1] for name, value in step.items()} for step in losses]), dict(stack.scoring_networks(1))
 
 
 def _lightning(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
@@ -79,7 +86,12 @@ def _table(losses: list[dict[str, Tensor]]) -> np.ndarray:
 
 Replayer = Callable[[GanomalyRecipe, dict[str, torch.nn.Module], Tensor, torch.device], Replay]
 #: A trainer by name: (recipe, networks at their initial weights, batches, device) → (losses (steps, 5), networks).
-TRAINERS: Mapping[str, Replayer] = {"plain": _plain, "stacked": _stacked, "lightning": _lightning}
+TRAINERS: Mapping[str, Replayer] = {
+    "plain": _plain,
+    "stacked": _stacked,
+    **{f"stacked-{how}": functools.partial(_stacked, how=how) for how in HOWS},
+    "lightning": _lightning,
+}
 
 
 def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str = "cpu") -> list[Difference]:

@@ -17,7 +17,7 @@ from ganomaly_plugin.training.scoring import scoring_mode
 from ganomaly_plugin.verify import LOSSES, verify
 
 
-@pytest.mark.parametrize("trainer", ["plain", "stacked"])
+@pytest.mark.parametrize("trainer", ["plain", "stacked", "stacked-matmul"])
 def test_every_recording_passes(golden: list[Path], bench, trainer: str) -> None:
     assert len(golden) == 3
     code, out, _ = bench("verify", *golden, "--trainer", trainer)

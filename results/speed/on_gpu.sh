@@ -5,7 +5,7 @@
 #
 # OUT receives the CSV files, results folders and log.txt, each as soon as it is there; DATA is the folder of data sets. The
 # parts, all by default, in this order:
-#   verify   the recordings, by the plain and the stacked trainer
+#   verify   the recordings, by the plain trainer and by stacks of three kinds
 #   speed    a training step of the plain trainer and of stacks that are replayed, 1 to 30 models, three precisions
 #   sweep    30 trainings of GANomaly on MNIST, stacked; and some of them by the plain trainer
 #   paper    the paper's sets, both protocols, with relatives and classical methods
@@ -84,7 +84,7 @@ sweep() { # NAME OPTION...: 30 trainings of GANomaly on MNIST, and how long they
 for part in $parts; do
     case $part in
     verify)
-        for trainer in plain stacked; do
+        for trainer in plain stacked-matmul stacked-grouped stacked-streams; do
             try $bench verify tests/golden/*.npz --trainer "$trainer" --device "$device"
         done
         ;;
