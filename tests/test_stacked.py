@@ -177,7 +177,7 @@ def test_a_step_of_mapped_models_copies_no_more_than_it_has_to(how):
     with Copies() as copies:
         stack.step(images)
     weights = sum(weight.numel() for weight in stack.weights.values())
-    padded = 34**2 + 16 * 18**2 + 32 * 10**2 + 64 * 4**2  # the maps that an encoder's convolutions read, with their borders
+    padded = 34**2 + 16 * 18**2 + 32 * 10**2  # the maps that an encoder's convolutions read, where these have borders
     patches = 16 * (16**2 + 16 * 8**2 + 32 * 4**2 + 64)
     networks = 4 + 1  # encoder, encoder and discriminator twice, and the decoder's gradients
     assert copies.numbers < weights + (2 * 64 * networks * (padded + patches) if how == "matmul" else 0)

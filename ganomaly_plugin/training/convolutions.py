@@ -258,7 +258,7 @@ def _patches(pixels: Tensor, geometry: _Geometry) -> Tensor:
     (torch's `unfold` launches a kernel for each image on a GPU, and has the places last, where a product wants them first.)
     """
     (down, across), (step_down, step_across), (py, px) = geometry.kernel, geometry.stride, geometry.padding
-    padded = functional.pad(pixels, (0, 0, 0, 0, px, px, py, py))
+    padded = functional.pad(pixels, (0, 0, 0, 0, px, px, py, py)) if px or py else pixels
     windows = padded.unfold(1, down, step_down).unfold(2, across, step_across)  # (n, h', w', m, c, k, k)
     return windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(0, 2).flatten(2)
 
