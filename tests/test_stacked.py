@@ -14,6 +14,7 @@ from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.errors import Diverged, InvalidInput
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.speed.work import count_work
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
@@ -181,6 +182,19 @@ def test_a_step_of_mapped_models_copies_no_more_than_it_has_to(how):
     patches = 16 * (16**2 + 16 * 8**2 + 32 * 4**2 + 64)
     networks = 4 + 1  # encoder, encoder and discriminator twice, and the decoder's gradients
     assert copies.numbers < weights + (2 * 64 * networks * (padded + patches) if how == "matmul" else 0)
+
+
+def test_products_are_only_of_the_gradients_that_a_phase_asks_for():
+    # G's phase goes through D and asks for none of D's gradients, D's phase through D alone and for none of an image's.
+    recipe = recipe_of("ganomaly", features=16, batch_size=64)
+    models = [build_networks(recipe, (1, 32, 32), seed) for seed in (0, 1)]
+    stack, plain = (
+        make_stack(recipe, models, seeds=[0, 1], device=CPU, how="matmul"),
+        PlainTrainer(recipe, models[0], seed=0, device=CPU),
+    )
+    images = torch.zeros(2, 64, 1, 32, 32, dtype=torch.uint8)
+    needed = count_work(lambda: plain.step(images[0])).flops
+    assert count_work(lambda: stack.step(images)).flops == pytest.approx(2 * needed, rel=0.02)
 
 
 def test_a_collapsed_discriminator_is_drawn_anew_in_its_own_model_only(monkeypatch):

@@ -199,15 +199,24 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, matrices = ctx.saved_tensors
         gradient = gradients[0].transpose(0, 1)  # (m, rows, b)
-        to_rows = _by_row(gradients[0], matrices.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        to_rows = _by_row(gradients[0], matrices.transpose(1, 2)) if _is_wanted(ctx, 0) else None
         to_matrices = None
-        if ctx.needs_input_grad[1]:
+        if _is_wanted(ctx, 1):
             of_model = rows.transpose(0, 1)
             if matrices.stride(1) == 1:  # laid out the other way round, and so is its gradient
                 to_matrices = torch.bmm(gradient.transpose(1, 2), of_model).transpose(1, 2)
             else:
                 to_matrices = torch.bmm(of_model.transpose(1, 2), gradient)
         return to_rows, to_matrices
+
+
+def _is_wanted(ctx: Any, k: int) -> bool:
+    """Whether the gradients that are now computed depend on that with respect to input `k` of a function.
+
+    (`needs_input_grad` says only whether there could be any that do: a phase asks for those of its own networks.)
+    """
+    node, _ = ctx.next_functions[k]
+    return node is not None and torch._C._will_engine_execute_node(node)
 
 
 def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
