@@ -248,14 +248,16 @@ def test_a_step_keeps_to_its_device_and_asks_it_nothing(name, how, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
+@pytest.mark.filterwarnings("ignore:CUDA is not available.*Disabling autocast")  # which does not see mapped layers anyway
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("how", ["grouped", "matmul"])
 @pytest.mark.parametrize("name", STACKABLE)
-def test_a_gpu_takes_every_operation_of_a_step(name, how, monkeypatch):
+def test_a_gpu_takes_every_operation_of_a_step(name, how, precision, monkeypatch):
     """Fake tensors say that they lie on a GPU: operations choose their kernels as there, and none is launched.
 
     Gradients are left out: autograd asks for the GPU's streams.
     """
-    recipe = recipe_of(name, **STACKABLE[name])
+    recipe = recipe_of(name, **STACKABLE[name], precision=precision)
     models = [build_networks(recipe, (1, 16, 16), seed) for seed in (0, 1)]
     stack = make_stack(recipe, models, seeds=[0, 1], device=CPU, how=how)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, weights, **_: [torch.empty_like(weight) for weight in weights])
