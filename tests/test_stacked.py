@@ -18,7 +18,7 @@ from ganomaly_plugin.speed.work import count_work
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
-from ganomaly_plugin.training.redraw import Spares
+from ganomaly_plugin.training.redraw import READY, Spares
 from ganomaly_plugin.training.stack import make_stack
 from ganomaly_plugin.training.stacked import StackedTrainer, why_not_stackable
 from ganomaly_plugin.training.together import Member, _packed, fit_together
@@ -209,6 +209,26 @@ def test_a_collapsed_discriminator_is_drawn_anew_in_its_own_model_only(monkeypat
     monkeypatch.setattr(Spares, "give", watched)
     loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=12)
     assert any(any(row) and not all(row) for row in counts)
+    assert loss_gap < 1e-5 and weight_gap < 1e-5
+
+
+def test_so_it_is_where_new_weights_are_drawn_between_epochs_only(monkeypatch):
+    # As on a GPU, where a step does not wait to learn whether a model collapsed: it may do so several times till then.
+    recipe = recipe_of("ganomaly", redraw_below=0.68)
+    counts = []
+    after_step, refill = StackedTrainer.after_step, Spares.refill
+
+    def seldom(self: Spares) -> None:
+        counts.extend(self.spent.tolist())
+        refill(self)
+
+    def between_epochs(self: StackedTrainer) -> None:
+        monkeypatch.setattr(Spares, "refill", seldom if self.steps % 3 == 2 else lambda self: None)
+        after_step(self)
+
+    monkeypatch.setattr(StackedTrainer, "after_step", between_epochs)
+    loss_gap, weight_gap = side_by_side(recipe, "grouped", steps=12)
+    assert 1 < max(counts) < READY and min(counts) < max(counts)
     assert loss_gap < 1e-5 and weight_gap < 1e-5
 
 

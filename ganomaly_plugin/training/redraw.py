@@ -32,6 +32,9 @@ def drawn_anew(recipe: Recipe, phase: Phase, networks: Networks, rng: torch.Gene
     return drawn
 
 
+READY = 4  # sets of weights for each model; a model that uses all of them up gets the last one again
+
+
 class Spares:
     """Weights that lie ready on the device for models that collapse, so that no step waits to learn whether one does.
 
@@ -47,23 +50,31 @@ class Spares:
         self._blank: dict[str, nn.Module] = {
             name: copy.deepcopy(networks[name]).cpu().to(memory_format=torch.channels_last) for name in phase.trains
         }
-        drawn = [drawn_anew(recipe, phase, self._blank, rng) for rng in rngs]
-        self.weights = {name: torch.stack([one[name] for one in drawn]).to(device) for name in drawn[0]}
-        self.spent = torch.zeros(len(drawn), dtype=torch.bool, device=device)
+        drawn = [self._draw(model) for _ in range(READY) for model in range(len(rngs))]
+        self.weights = {
+            name: torch.stack([one[name] for one in drawn]).unflatten(0, (READY, len(rngs))).to(device) for name in drawn[0]
+        }
+        self.spent = torch.zeros(len(rngs), dtype=torch.int64, device=device)
+
+    def _draw(self, model: int) -> dict[str, Tensor]:
+        return drawn_anew(self._recipe, self._phase, self._blank, self._rngs[model])
 
     def give(self, weights: dict[str, Tensor], below: Tensor) -> None:
         """Overwrite the stacked `weights` of the models that are `below` `(m,)`, in place."""
         with torch.no_grad():
+            following = self.spent.clamp(max=READY - 1), torch.arange(len(below), device=below.device)
             for name, spare in self.weights.items():
                 weight = weights[name]
-                weight.copy_(torch.where(below.view(-1, *(1,) * (weight.ndim - 1)), spare, weight))
-            self.spent |= below
+                weight.copy_(torch.where(below.view(-1, *(1,) * (weight.ndim - 1)), spare[following], weight))
+            self.spent += below
 
     def refill(self) -> None:
-        """Draw new ones for models that used theirs up. Waits for the device."""
-        for model in self.spent.nonzero().flatten().tolist():
-            for name, value in drawn_anew(self._recipe, self._phase, self._blank, self._rngs[model]).items():
-                self.weights[name][model] = value.to(self.spent.device)
+        """Draw new ones in the place of those that were used up. Waits for the device."""
+        for model, spent in enumerate(self.spent.tolist()):
+            for _ in range(spent):
+                for name, value in self._draw(model).items():
+                    mine = self.weights[name][:, model]
+                    mine.copy_(torch.cat([mine[1:], value.to(mine.device)[None]]))
         self.spent.zero_()
 
     def keep(self, models: Sequence[int]) -> None:
@@ -71,4 +82,4 @@ class Spares:
         self._rngs = [self._rngs[model] for model in models]
         index = torch.tensor(models, device=self.spent.device)
         self.spent = self.spent[index]
-        self.weights = {name: spare[index] for name, spare in self.weights.items()}
+        self.weights = {name: spare[:, index] for name, spare in self.weights.items()}
