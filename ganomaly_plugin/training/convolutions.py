@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.recipe import Precision
-from ganomaly_plugin.training.cpu_convolutions import pair, transposed_size
+from ganomaly_plugin.training.cpu_convolutions import is_usual, pair, transposed_size
 
 Convolutions = Literal["grouped", "matmul"]
 
@@ -158,7 +158,7 @@ _of_all_conv_transpose2d = _mapped(_conv_transpose2d_of_all)
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor:
-    if _is_unusual(padding, dilation, groups):
+    if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return _of_all_conv2d(x, weight, bias, pair(stride), pair(padding))
 
@@ -173,14 +173,9 @@ def _conv_transpose2d(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Tensor:
-    if _is_unusual(padding, dilation, groups):
+    if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
         return torch.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     return _of_all_conv_transpose2d(x, weight, bias, pair(stride), pair(padding), pair(output_padding))
-
-
-def _is_unusual(padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether a convolution is left to torch, which carries it out with a group for each model."""
-    return groups != 1 or pair(dilation) != (1, 1) or isinstance(padding, str)
 
 
 class _Products(torch.autograd.Function):

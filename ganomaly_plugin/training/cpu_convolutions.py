@@ -111,8 +111,13 @@ _FORMS: dict[Any, Callable[..., Tensor | None]] = {
 
 def _plain_float(x: Tensor, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether it is a float32 batch without anything unusual; autocast has its own fast kernels."""
-    usual = x.ndim == 4 and groups == 1 and pair(dilation) == (1, 1) and not isinstance(padding, str)
+    usual = x.ndim == 4 and is_usual(padding, dilation, groups)
     return usual and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+def is_usual(padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether a convolution is neither grouped nor dilated nor padded by name."""
+    return groups == 1 and pair(dilation) == (1, 1) and not isinstance(padding, str)
 
 
 def transposed_size(
