@@ -140,7 +140,7 @@ def _prepared(
 
     memory = peak_memory(work, setting.device)
     (prepared,) = made
-    its_flops, moved = _work_per_image(prepared)
+    its_flops, moved = _work_per_image(prepared) if prepared.by_torch else (None, None)
     fields = {
         "what": "training",
         "detector": label,
@@ -151,7 +151,7 @@ def _prepared(
         "parameters": _size(recipe.build(setting.chw).values()),
         "peak_memory": memory,
         "flops": its_flops if flops is None else flops,
-        "moved": moved if prepared.by_torch else None,
+        "moved": moved,
     }
     return _Candidate(fields, _in_precision(prepared.step, recipe.precision))
 
