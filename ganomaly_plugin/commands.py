@@ -108,6 +108,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.runner import Settings, check_unchanged, failure, make_plan, run_chunk, sweep
     from ganomaly_plugin.stacking import Stacking
     from ganomaly_plugin.store import Store
+    from ganomaly_plugin.training.stack import check_how
 
     began = time.perf_counter()
     experiment = experiment_from(options)
@@ -119,6 +120,8 @@ def run(options: Any) -> int:
     device = resolve_device(experiment.device).type if where.on_this_machine else experiment.device.partition(":")[0]
     trainer = options.trainer or "auto"
     stacking = Stacking(trainer, on_gpu=device == "cuda", most=options.stack, workers=where.at_once)
+    if stacking.how is not None and where.on_this_machine:
+        check_how(stacking.how, resolve_device(experiment.device))
     check_loggers(options.logger or ())
     splits: dict[str, str] = {}
     jobs = expand(experiment, splits)

@@ -12,11 +12,11 @@ from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
-from ganomaly_plugin.training.stack import HOWS, How
+from ganomaly_plugin.training.stack import WAYS, How
 from ganomaly_plugin.training.stacked import why_not_stackable
 
 #: What `--trainer` may be: "stacked" as the device likes it best, or in a way that is named.
-TRAINERS = ("auto", "plain", "compiled", "stacked", *(f"stacked-{how}" for how in HOWS))
+TRAINERS = ("auto", "plain", "compiled", "stacked", *WAYS)
 MOST = 64  # models in a stack, unless the user says otherwise; what a device holds may be fewer
 
 
@@ -78,8 +78,7 @@ class Stacking:
     @property
     def how(self) -> How | None:
         """How the models of a stack advance; None leaves it to the device."""
-        ways = {f"stacked-{way}": way for way in HOWS}
-        return ways.get(self.trainer)
+        return WAYS.get(self.trainer)
 
     def chunks(self, jobs: list[Job]) -> Iterator[Chunk]:
         """Every job in exactly one chunk: stacks where jobs go together, single jobs otherwise, in the order of the jobs."""

@@ -27,7 +27,7 @@ from ganomaly_plugin.recipe import Networks
 from ganomaly_plugin.training.captured import record_on
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.scoring import scoring_mode
-from ganomaly_plugin.training.stack import HOWS, How, default_how, make_stack
+from ganomaly_plugin.training.stack import WAYS, How, check_how, default_how, make_stack
 
 Replay = tuple[np.ndarray, Networks]
 LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
@@ -66,7 +66,7 @@ def _stacked(
     how: How | None = None,
 ) -> Replay:
     """The recorded training as the second of three models, mapped if `how` does not say; its neighbours see other images."""
-    how = how or ("grouped" if device.type == "cpu" else default_how(device))
+    how = how or ("grouped" if device.type == "cpu" else default_how(device, recipe.precision))
     stack = make_stack(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, how=how, record=record_on(device))
     losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
     return _table([{name: value[1] for name, value in step.items()} for step in losses]), dict(stack.scoring_networks(1))
@@ -89,7 +89,7 @@ Replayer = Callable[[GanomalyRecipe, dict[str, torch.nn.Module], Tensor, torch.d
 TRAINERS: Mapping[str, Replayer] = {
     "plain": _plain,
     "stacked": _stacked,
-    **{f"stacked-{how}": functools.partial(_stacked, how=how) for how in HOWS},
+    **{name: functools.partial(_stacked, how=how) for name, how in WAYS.items()},
     "lightning": _lightning,
 }
 
@@ -103,11 +103,13 @@ def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str 
         device: Where: "cpu", "cuda", ...
 
     Raises:
-        InvalidInput: There is no such file, trainer or device.
+        InvalidInput: There is no such file, trainer or device, or the trainer is none for this device.
         CorruptFile: The file is not a complete recording.
     """
     check_known("trainer", trainer, TRAINERS)
     target = resolve_device(device)
+    if trainer in WAYS:
+        check_how(WAYS[trainer], target)
     recording = _read(as_path(path))
     try:
         return _compare(recording, TRAINERS[trainer], target)

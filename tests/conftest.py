@@ -7,6 +7,7 @@ import os
 # The tests' networks are tiny: a second thread only waits for the first, and on a busy machine both wait long. Set before
 # torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU are carried out here; set before Triton is imported
 
 import signal
 import subprocess

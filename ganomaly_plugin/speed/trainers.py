@@ -137,9 +137,11 @@ TRAINERS: Mapping[str, Prepare] = {
     "stacked-turns": functools.partial(stacked, how="turns"),
     "stacked-grouped": functools.partial(stacked, how="grouped"),
     "stacked-matmul": functools.partial(stacked, how="matmul"),
+    "stacked-implicit": functools.partial(stacked, how="implicit"),
     "stacked-streams": functools.partial(stacked, how="streams"),
     "captured": functools.partial(captured, jobs=1),
     "captured-grouped": functools.partial(captured, how="grouped"),
     "captured-matmul": functools.partial(captured, how="matmul"),
+    "captured-implicit": functools.partial(captured, how="implicit"),
     "captured-streams": functools.partial(captured, how="streams"),
 }

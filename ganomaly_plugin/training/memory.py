@@ -19,7 +19,8 @@ _SHARE = 0.8  # of the free memory; the rest is for libraries, fragmentation and
 def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int], how: How = "grouped") -> int:
     """Bytes that one model of a stack takes in training: weights, gradients, moments, and what a step keeps for its gradients.
 
-    Measured by a step on the CPU in float32, where autograd is asked for every tensor that it saves.
+    Measured by a step on the CPU in float32, where autograd is asked for every tensor that it saves. ("implicit" saves what
+    "grouped" does.)
     """
     recipe = replace(recipe, precision="float32")
     models = [build_networks(recipe, chw, seed=0)]

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.recipe import Networks, Precision, Recipe
 from ganomaly_plugin.training.captured import Record
+from ganomaly_plugin.training.implicit import why_not_implicit
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.stacked import StackedTrainer, check_stackable
 from ganomaly_plugin.training.streams import OnStreams
 
-#: How the models of a stack advance: mapped, with convolutions "grouped" or as "matmul"; or each by itself, on "streams" of a
-#: GPU that run at the same time, or in "turns", one after another.
-How: TypeAlias = Literal["grouped", "matmul", "streams", "turns"]
-HOWS: tuple[How, ...] = get_args(How)
+#: How the models of a stack advance: mapped, with convolutions "grouped", as "matmul" or "implicit"; or each by itself, on
+#: "streams" of a GPU that run at the same time, or in "turns", one after another.
+How: TypeAlias = Literal["grouped", "matmul", "implicit", "streams", "turns"]
+#: By the names that trainers have.
+WAYS: Mapping[str, How] = {f"stacked-{how}": how for how in get_args(How)}
 
 
 class Stack(Protocol):
@@ -52,13 +55,22 @@ class Stack(Protocol):
         ...
 
 
-def default_how(device: torch.device) -> How:
-    """In turns on a CPU, where that was measured to be faster. Elsewhere as products of matrices.
+def default_how(device: torch.device, precision: Precision) -> How:
+    """In turns on a CPU, where that was measured to be faster. Elsewhere as products of matrices, implicit where they can be.
 
-    That one is a choice by what others found (pytorch/pytorch#73764, #70954: grouped convolutions slower on GPUs than one
-    after another), until it is measured here.
+    That is a choice by what others found (pytorch/pytorch#73764, #70954: grouped convolutions slower on GPUs than one after
+    another) and by the memory that a step moves, until it is measured here. Products of float32 as IEEE has it are left to
+    cuBLAS: tensor cores, which the kernels of "implicit" are made for, have none.
     """
-    return "turns" if device.type == "cpu" else "matmul"
+    if device.type == "cpu":
+        return "turns"
+    return "matmul" if precision == "float32" or why_not_implicit(device) is not None else "implicit"
+
+
+def check_how(how: How, device: torch.device) -> None:
+    """Raise InvalidInput when models cannot be stacked as `how` says on `device`."""
+    if how == "implicit" and (reason := why_not_implicit(device)) is not None:
+        raise InvalidInput(f"Models cannot be stacked as implicit matrix products here: {reason}. Use stacked-matmul.")
 
 
 def make_stack(
@@ -74,8 +86,12 @@ def make_stack(
 
     `how` says how they advance, None as `default_how` has it; `record` how a step is recorded, to be replayed from then on (in
     turns nothing is); the rest is as in `StackedTrainer`.
+
+    Raises:
+        InvalidInput: The recipe cannot be stacked, or not in this way on this device.
     """
-    how = how or default_how(device)
+    how = how or default_how(device, recipe.precision)
+    check_how(how, device)
     if how == "turns":
         return InTurns(recipe, models, seeds=seeds, device=device)
     if how == "streams":

@@ -216,7 +216,7 @@ class StackedTrainer:
             return functional_call(self._template, (weights, buffers), (phase, step, self.recipe.precision), strict=True)
 
         def all_(*arguments: Any) -> Any:
-            mapped = len(self) > 1 or self.convolutions == "matmul"  # mapping a single model would only cost
+            mapped = len(self) > 1 or self.convolutions != "grouped"  # mapping a single model would only cost
             with layers_of_all(self.convolutions, self.recipe.precision, mapped=mapped):
                 if not mapped:
                     only = tree_map_only(Tensor, lambda tensor: tensor[0], arguments)

@@ -55,7 +55,7 @@ def fit_together(
     A stack that does not fit into the device's memory is split in halves, which begin anew. `how` and `record` are those of
     `make_stack`.
     """
-    how = how or default_how(device)
+    how = how or default_how(device, members[0].detector.recipe.precision)
     by_batch: dict[int, list[_Course]] = {}
     for member in members:
         try:

@@ -5,7 +5,7 @@
 #
 # OUT receives the CSV files, results folders and log.txt, each as soon as it is there; DATA is the folder of data sets. The
 # parts, all by default, in this order:
-#   verify   the recordings, by the plain trainer and by stacks of three kinds
+#   verify   the recordings, by the plain trainer and by stacks of each kind
 #   speed    a training step of the plain trainer and of stacks that are replayed, 1 to 30 models, three precisions
 #   sweep    30 trainings of GANomaly on MNIST, stacked; and some of them by the plain trainer
 #   paper    the paper's sets, both protocols, with relatives and classical methods
@@ -31,8 +31,9 @@ precisions=${PRECISIONS:-float32 tf32 bf16}
 jobs=${JOBS:-30 1 10 3}
 sweeps=${SWEEPS:-tf32_fastest plain float32_fastest bf16_fastest}
 one=plain,captured
-many=plain,captured-matmul,captured-grouped,captured-streams
-eager=plain,stacked-matmul,stacked-grouped
+ways="stacked-implicit stacked-matmul stacked-grouped stacked-streams"
+many=plain,captured-implicit,captured-matmul,captured-grouped,captured-streams
+eager=plain,stacked-implicit,stacked-matmul,stacked-grouped
 most=30
 job="--epochs ${EPOCHS:-15}"
 paper=${PAPER:-}
@@ -46,6 +47,8 @@ if [ -n "${QUICK:-}" ]; then
     job="--epochs 1 --train-fraction 0.01 --hparams features=2 --classes 0,1"
     paper="--epochs 1 --train-fraction 0.01 --hparams features=2 --models ganomaly,pca --seeds 0-1 --limit 8"
     scored=ganomaly,ae
+    ways="stacked-matmul stacked-grouped stacked-streams"
+    eager=plain,stacked-matmul,stacked-grouped
 fi
 began=$(date +%s)
 failed=0
@@ -96,7 +99,7 @@ sweep() { # NAME OPTION...: 30 trainings of GANomaly on MNIST, and how long they
 for part in $parts; do
     case $part in
     verify)
-        for trainer in plain stacked-matmul stacked-grouped stacked-streams; do
+        for trainer in plain $ways; do
             try $bench verify tests/golden/*.npz --trainer "$trainer" --device "$device"
         done
         ;;

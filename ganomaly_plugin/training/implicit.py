@@ -1,0 +1,241 @@
+"""Convolutions of many models by kernels of our own, which read the patches where they lie: implicit matrix products.
+
+What `products` lays out in memory, and reads again, is most of what it moves. These kernels take wide layers only, which are
+nearly all of the arithmetic. They need a GPU and Triton, which torch brings along on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ganomaly_plugin.errors import one_line
+from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.products import Geometry, is_wanted
+
+_WIDTH = 16  # tensor cores take numbers of channels that are multiples of this
+_MOST = 128  # numbers along a side of a block of the result
+_DEPTH = {torch.float32: 32, torch.bfloat16: 64}  # numbers that a block of the result sums at once: 128 bytes
+_TRUSTED = 0.02  # of the largest number: what rounding to bfloat16 may change
+
+
+@functools.cache
+def why_not_implicit(device: torch.device) -> str | None:
+    """Why these kernels cannot run on `device`; None where they can.
+
+    On a GPU they are held to torch's own convolutions first, once, on small maps: Triton compiles them there, which takes a C
+    compiler, and not every GPU has the memory that they share within a block.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return None if _is_interpreted() else f"its kernels are for a GPU, and this is {device.type}"
+    try:
+        error = _trial(device)
+    except Exception as refused:
+        return f"Triton refuses: {one_line(refused)}"
+    return None if error < _TRUSTED else f"its kernels are wrong by {error:.1%} of what is right on this {device.type}"
+
+
+def _trial(device: torch.device) -> float:
+    """How far the kernels are from torch's own convolutions, as a share of the largest number."""
+    geometry, worst = Geometry((8, 8), (4, 4), (2, 2), (1, 1)), 0.0
+    rng = torch.Generator().manual_seed(0)
+    for dtype in _DEPTH:
+        x, kernels, towards = (
+            torch.randn(*shape, generator=rng).to(device, dtype)
+            for shape in ((8, 8, 8, 2, 128), (2, 128, 4, 4, 128), (8, 4, 4, 2, 128))
+        )
+        numbers = _numbers(geometry)
+        with precision("tf32"):
+            mine = [convolve(x, kernels, numbers), spread(towards, kernels, numbers), correlate(x, towards, numbers)]
+        theirs: list[list[Tensor]] = []
+        for k in range(2):
+            image, kernel, weights = (each.double().cpu() for each in (x[:, :, :, k], kernels[k], towards[:, :, :, k]))
+            image, kernel, weights = (each.permute(0, 3, 1, 2).requires_grad_() for each in (image, kernel, weights))
+            y = torch.conv2d(image, kernel, stride=2, padding=1)
+            its = [y, *torch.autograd.grad((y * weights).sum(), (image, kernel))]
+            theirs.append([each.detach().permute(0, 2, 3, 1) for each in its])
+        for got, wanted, models_at in zip(mine, zip(*theirs, strict=True), (3, 3, 0), strict=True):
+            expected = torch.stack(wanted, models_at)
+            worst = max(worst, float((got.double().cpu() - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+@functools.cache
+def _is_interpreted() -> bool:
+    """Whether Triton was told (TRITON_INTERPRET=1) to carry kernels out on the CPU, slowly, to show what they compute."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def suits(x: Tensor, models: int, channels: Sequence[int], geometry: Geometry) -> bool:
+    """Whether the kernels take a convolution of maps like `x` with these numbers of `channels` on its two sides."""
+    even = all(each % _WIDTH == 0 for each in channels)
+    countable = math.prod(geometry.size) * models * max(channels) < 2**31  # places within an image
+    here = x.device.type == "cuda" or _is_interpreted()
+    return here and even and countable and x.dtype in _DEPTH and geometry.places != (1, 1)
+
+
+class _Convolution(torch.autograd.Function):
+    """The convolution of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, kernels)
+        ctx.geometry = _numbers(geometry)
+        return convolve(x, kernels, ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, kernels = ctx.saved_tensors
+        to_x = spread(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
+        to_kernels = correlate(x, gradients[0], ctx.geometry) if is_wanted(ctx, 1) else None
+        return to_x, to_kernels, None
+
+
+class _Transposed(torch.autograd.Function):
+    """The transposed convolution of all models: `(n, p, q, m, o)` and `(m, o, r, s, c)` → `(n, h, w, m, c)`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(y, kernels)
+        ctx.geometry = _numbers(geometry)
+        return spread(y, kernels, ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, kernels = ctx.saved_tensors
+        to_y = convolve(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
+        to_kernels = correlate(gradients[0], y, ctx.geometry) if is_wanted(ctx, 1) else None
+        return to_y, to_kernels, None
+
+
+conv2d = _Convolution.apply  # (maps, kernels, geometry)
+conv_transpose2d = _Transposed.apply  # likewise
+
+
+def _numbers(geometry: Geometry) -> list[int]:
+    """A geometry as operations of torch can be given it."""
+    return [*geometry.size, *geometry.kernel, *geometry.stride, *geometry.padding]
+
+
+def _geometry(numbers: Sequence[int]) -> Geometry:
+    size, kernel, stride, padding = zip(numbers[::2], numbers[1::2], strict=True)
+    return Geometry(size, kernel, stride, padding)
+
+
+# They are operations of torch so that whoever watches operations, or fakes tensors, sees them.
+
+
+@torch.library.custom_op(
+    "ganomaly_plugin::convolve", mutates_args=(), schema="(Tensor x, Tensor kernels, int[] geometry) -> Tensor"
+)
+def convolve(x: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`(n, h, w, m, c)` → `(n, p, q, m, o)`."""
+    from ganomaly_plugin.training import implicit_kernels
+
+    y = _convolved(x, kernels, geometry)
+    rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
+    block = _side(rows), _side(o), _dividing(c, _DEPTH[x.dtype])
+    tiles = -(-rows // block[0]) * -(-o // block[1])
+    _launch(implicit_kernels.convolve, (tiles, models), (x, kernels, y), rows, (c, o), geometry, block)
+    return y
+
+
+@convolve.register_fake
+def _convolved(x: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+    return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2])
+
+
+@torch.library.custom_op(
+    "ganomaly_plugin::spread", mutates_args=(), schema="(Tensor y, Tensor kernels, int[] geometry) -> Tensor"
+)
+def spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`(n, p, q, m, o)` → `(n, h, w, m, c)`, which is `convolve` transposed."""
+    from ganomaly_plugin.training import implicit_kernels
+
+    x = _spread_out(y, kernels, geometry)
+    (height, width), (down, across) = _geometry(geometry).size, _geometry(geometry).stride
+    rows = len(x) * -(-height // down) * -(-width // across)  # pixels that meet the same taps, at most
+    models, c, o = x.shape[3], x.shape[4], y.shape[4]
+    block = _side(rows), _side(c), _dividing(o, _DEPTH[y.dtype])
+    tiles = -(-rows // block[0]) * -(-c // block[1])
+    _launch(implicit_kernels.spread, (tiles, models, down * across), (y, kernels, x), len(x), (c, o), geometry, block)
+    return x
+
+
+@spread.register_fake
+def _spread_out(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+    return y.new_empty(len(y), *_geometry(geometry).size, len(kernels), kernels.shape[4])
+
+
+@torch.library.custom_op("ganomaly_plugin::correlate", mutates_args=(), schema="(Tensor x, Tensor y, int[] geometry) -> Tensor")
+def correlate(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`(n, h, w, m, c)` and `(n, p, q, m, o)` → `(m, o, r, s, c)`, the gradient with respect to kernels."""
+    from ganomaly_plugin.training import implicit_kernels
+
+    kernels = _correlated(x, y, geometry)
+    models, o, r, s, c = kernels.shape
+    block = _side(o), _dividing(c, _MOST), _DEPTH[x.dtype]
+    tiles = -(-o // block[0]) * (r * s * c // block[1])
+    _launch(implicit_kernels.correlate, (tiles, models), (x, y, kernels), y.shape[:3].numel(), (c, o), geometry, block)
+    return kernels
+
+
+@correlate.register_fake
+def _correlated(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4])
+
+
+def _side(numbers: int) -> int:
+    """How many of so many numbers a block of the result takes: a power of two, the last block may reach beyond."""
+    return min(_MOST, max(_WIDTH, 1 << (numbers - 1).bit_length()))
+
+
+def _dividing(numbers: int, most: int) -> int:
+    """The largest power of two that divides `numbers`, or `most`."""
+    return min(most, numbers & -numbers)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],  # two that are read and one that is written
+    count: int,  # of rows or images
+    channels: tuple[int, int],
+    geometry: Sequence[int],
+    block: tuple[int, int, int],
+) -> None:
+    *given, made = tensors
+    exact = made.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    on = torch.cuda.device_of(made) if made.is_cuda else contextlib.nullcontext()
+    with on:
+        kernel[grid](
+            *(tensor.contiguous() for tensor in given),
+            made,
+            count,
+            grid[1],
+            *geometry[:2],
+            *_geometry(geometry).places,
+            *channels,
+            *geometry[2:],
+            *block,
+            "ieee" if exact else "tf32",
+            num_warps=8 if block[0] * block[1] > 64 * 64 else 4,
+            num_stages=3,
+            enable_fp_fusion=True,
+        )

@@ -1,0 +1,168 @@
+"""Triton kernels of `implicit`: convolutions of many models as products of matrices whose patches are never laid out.
+
+All maps lie as `(n, h, w, m, c)` and all kernels as `(m, o, r, s, c)`: m models, c channels on the side of the larger map
+(h × w), o on that of the smaller one (p × q), r × s taps. Row (n, p, q) and tap (r, s) meet at the pixel
+(stride·p - padding + r, stride·q - padding + s); what lies outside is zero. Sums are in float32. Block sizes are powers of two;
+that along the summed channels divides them, so that a block is of one tap.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def convolve(
+    x,  # (n, h, w, m, c)
+    kernels,  # (m, o, r, s, c)
+    y,  # (n, p, q, m, o)
+    rows,  # n·p·q
+    models,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """Rows of pixels of `y` by columns of its channels, summed over taps and channels of `x`."""
+    model = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(O, COLUMNS)
+    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    n = (row // (P * Q)).to(tl.int64)
+    down, right = (row // Q % P) * STRIDE_H - PADDING_H, (row % Q) * STRIDE_W - PADDING_W
+    k = tl.arange(0, SUMMED)
+    images = x + (n * (H * W) * models + model)[:, None] * C + k[None, :]
+    taps = kernels + (model * O + column)[None, :] * (R * S * C) + k[:, None]
+    pixel = models * C
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, R * S * C, SUMMED):
+        tap = start // C
+        h, w = down + tap // S, right + tap % S
+        inside = (row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        a = tl.load(images + ((h * W + w) * pixel + start - tap * C)[:, None], mask=inside[:, None], other=0.0)
+        b = tl.load(taps + start, mask=column[None, :] < O, other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
+    tl.store(to, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < O)[None, :])
+
+
+@triton.jit
+def spread(
+    y,  # (n, p, q, m, o)
+    kernels,  # (m, o, r, s, c)
+    x,  # (n, h, w, m, c)
+    images,  # n
+    models,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """Rows of pixels of `x` by columns of its channels, summed over channels of `y` and the taps that meet these pixels.
+
+    Pixels with the same remainders by the strides, given by the third axis of the grid, meet the same taps.
+    """
+    model = tl.program_id(1).to(tl.int64)
+    first_h, first_w = tl.program_id(2) // STRIDE_W, tl.program_id(2) % STRIDE_W  # the remainders
+    height, width = tl.cdiv(H - first_h, STRIDE_H), tl.cdiv(W - first_w, STRIDE_W)  # of the pixels with these
+    across = tl.cdiv(C, COLUMNS)
+    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    is_row = row < images * height * width
+    n = (row // (height * width)).to(tl.int64)
+    down, right = row // width % height, row % width
+    top, left = down + (first_h + PADDING_H) // STRIDE_H, right + (first_w + PADDING_W) // STRIDE_W
+    first_r, first_s = (first_h + PADDING_H) % STRIDE_H, (first_w + PADDING_W) % STRIDE_W
+    taps_across: tl.constexpr = (S + STRIDE_W - 1) // STRIDE_W
+    taps: tl.constexpr = (R + STRIDE_H - 1) // STRIDE_H * taps_across
+    k = tl.arange(0, SUMMED)
+    from_y = y + (n * (P * Q) * models + model)[:, None] * O + k[None, :]
+    from_kernels = kernels + (model * O + k)[:, None] * (R * S * C) + column[None, :]
+    pixel = models * O
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, taps * O, SUMMED):
+        tap = start // O
+        o = start - tap * O
+        i, j = tap // taps_across, tap % taps_across
+        p, q, r, s = top - i, left - j, first_r + STRIDE_H * i, first_s + STRIDE_W * j
+        is_tap = (r < R) & (s < S)  # a stride that does not divide the kernel leaves some out
+        inside = is_row & (p >= 0) & (p < tl.where(is_tap, P, 0)) & (q >= 0) & (q < Q)
+        a = tl.load(from_y + ((p * Q + q) * pixel + o)[:, None], mask=inside[:, None], other=0.0)
+        b = tl.load(from_kernels + (o * (R * S) + r * S + s) * C, mask=column[None, :] < tl.where(is_tap, C, 0), other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    h, w = down * STRIDE_H + first_h, right * STRIDE_W + first_w
+    to = x + (((n * H + h) * W + w) * models + model)[:, None] * C + column[None, :]
+    tl.store(to, sums.to(x.dtype.element_ty), mask=is_row[:, None] & (column < C)[None, :])
+
+
+@triton.jit
+def correlate(
+    x,  # (n, h, w, m, c)
+    y,  # (n, p, q, m, o)
+    kernels,  # (m, o, r, s, c)
+    rows,  # n·p·q
+    models,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """Rows of channels of `y` by columns of channels of `x` at one tap, summed over the pixels of `y`."""
+    model = tl.program_id(1).to(tl.int64)
+    across: tl.constexpr = R * S * C // COLUMNS
+    o = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    start = (tl.program_id(0) % across) * COLUMNS
+    tap = start // C
+    down, right = tap // S - PADDING_H, tap % S - PADDING_W
+    column = tl.arange(0, COLUMNS)
+    k = tl.arange(0, SUMMED)
+    from_x = x + model * C + (start - tap * C) + column[None, :]
+    from_y = y + model * O + o[:, None]
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rows, SUMMED):
+        row = first + k
+        n = (row // (P * Q)).to(tl.int64)
+        h, w = (row // Q % P) * STRIDE_H + down, (row % Q) * STRIDE_W + right
+        inside = (row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        a = tl.load(from_y + row.to(tl.int64)[None, :] * models * O, mask=(row < rows)[None, :] & (o < O)[:, None], other=0.0)
+        b = tl.load(from_x + ((n * H + h) * W + w)[:, None] * models * C, mask=inside[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    to = kernels + (model * O + o)[:, None] * (R * S * C) + start + column[None, :]
+    tl.store(to, sums.to(kernels.dtype.element_ty), mask=(o < O)[:, None])

@@ -1,0 +1,202 @@
+"""Kernels that convolve many models at once: what they compute, as Triton interprets them, and that they compile for a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
+from ganomaly_plugin.training import implicit
+from ganomaly_plugin.training.convolutions import in_order, layers_of_all
+from ganomaly_plugin.training.memory import bytes_of_model
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.stack import default_how, make_stack
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+MODELS = 3
+HALVING = {"stride": 2, "padding": 1}
+CONVOLUTIONS = {
+    "halving": (functional.conv2d, (2, 16, 8, 6), (32, 16, 4, 4), HALVING),
+    "of an odd map": (functional.conv2d, (2, 16, 7, 9), (16, 16, 3, 3), HALVING),
+    "same size": (functional.conv2d, (2, 48, 6, 6), (16, 48, 3, 3), {"padding": 1}),
+    "oblong": (functional.conv2d, (2, 16, 8, 9), (80, 16, 2, 5), {"stride": (1, 2), "padding": (0, 2)}),
+    "steps past pixels": (functional.conv2d, (2, 16, 9, 9), (16, 16, 2, 2), {"stride": 3}),
+    "in several blocks": (functional.conv2d, (1, 16, 11, 11), (144, 16, 2, 2), {"padding": 1}),
+    "doubling": (functional.conv_transpose2d, (2, 32, 4, 3), (32, 16, 4, 4), HALVING),
+    "to an odd map": (functional.conv_transpose2d, (2, 16, 4, 4), (16, 16, 3, 3), HALVING),
+    "to several blocks": (functional.conv_transpose2d, (2, 16, 4, 4), (16, 144, 3, 3), {**HALVING, "output_padding": 1}),
+    "with pixels between": (functional.conv_transpose2d, (2, 16, 3, 3), (16, 16, 2, 2), {"stride": 3}),
+}
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(MODELS, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def results(run, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What `run` answers, and the gradients of a weighted sum of it."""
+    inputs = [value.detach().requires_grad_() for value in inputs]
+    answer = run(*inputs)
+    towards = torch.linspace(-1, 1, answer.numel(), dtype=answer.dtype).view(answer.shape)
+    return [answer.detach(), *torch.autograd.grad((answer * towards).sum(), inputs)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def ours(self) -> Counter[str]:
+        parts = {name: name.partition("::") for name in self.names}
+        return Counter({parts[name][2]: count for name, count in self.names.items() if parts[name][0] == "ganomaly_plugin"})
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_kernels_convolve_as_each_model_does(name):
+    layer, image, kernel, options = CONVOLUTIONS[name]
+    out = kernel[1] if layer is functional.conv_transpose2d else kernel[0]
+    inputs = [random(*image, seed=0), in_order(random(*kernel, seed=1), "implicit"), random(out, seed=2)]
+
+    def one(*tensors):
+        return layer(*tensors, **options)
+
+    def of_all(*tensors):
+        with layers_of_all("implicit", "float32"):
+            return torch.vmap(one)(*tensors)
+
+    wanted = results(lambda *all_: torch.stack([one(*each) for each in zip(*all_, strict=True)]), [x.double() for x in inputs])
+    with Operations() as operations:
+        found = results(of_all, inputs)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.double() - theirs).abs().max() < 1e-6 * theirs.abs().max()
+    assert operations.ours() == {"convolve": 1, "spread": 1, "correlate": 1} and not operations.names["aten::convolution"]
+
+
+def test_stacked_models_are_those_of_the_plain_trainer():
+    # G's phase goes through D and asks for none of D's gradients, D's phase for none of an image's.
+    recipe, seeds = GanomalyRecipe(features=16, latent_dim=8, batch_size=4), [3, 4]
+    models = [build_networks(recipe, (1, 16, 16), seed) for seed in seeds]
+    stack = make_stack(recipe, models, seeds=seeds, device=CPU, how="implicit")
+    plain = [PlainTrainer(recipe, networks, seed=seed, device=CPU) for networks, seed in zip(models, seeds, strict=True)]
+    images = torch.randn(2, 2, 4, 1, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    for batch in images:
+        with Operations() as operations:
+            together = stack.step(batch)
+        # a wide layer in each encoder, decoder and D: forward, towards the maps, towards the kernels
+        forward, of_maps, of_kernels = Counter(convolve=4, spread=1), Counter(convolve=1, spread=5), Counter(correlate=5)
+        assert operations.ours() == forward + of_maps + of_kernels
+        assert not {"aten::convolution", "aten::contiguous"} & set(operations.names)
+        for model, trainer in enumerate(plain):
+            for name, value in trainer.step(batch[model]).items():
+                assert float(together[name][model]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_memory_is_reckoned_without_patches():
+    recipe = GanomalyRecipe(features=16, latent_dim=8, batch_size=4)
+    sizes = {how: bytes_of_model(recipe, (1, 32, 32), how) for how in ("grouped", "implicit", "matmul")}
+    assert sizes["implicit"] == sizes["grouped"] < sizes["matmul"]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
+    def one(x, kernel):
+        y = functional.conv2d(x, kernel, **HALVING)
+        return y, functional.conv_transpose2d(y, kernel, **HALVING)
+
+    with FakeTensorMode(), layers_of_all("implicit", "float32"), Operations() as operations:
+        x, kernel = (torch.empty(MODELS, *shape, device="cuda", dtype=dtype) for shape in ((2, 16, 8, 6), (32, 16, 4, 4)))
+        y, z = torch.vmap(one)(x, kernel)
+    assert y.shape == (MODELS, 2, 32, 4, 3) and z.shape == (MODELS, 2, 16, 8, 6) and y.dtype == z.dtype == dtype
+    assert y.device.type == z.device.type == "cuda" and operations.ours() == {"convolve": 1, "spread": 1}
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a GPU, whose `_trial` answers what the test wants."""
+    monkeypatch.setattr(implicit, "_is_interpreted", lambda: False)
+    implicit.why_not_implicit.cache_clear()
+    yield lambda trial: monkeypatch.setattr(implicit, "_trial", trial)
+    implicit.why_not_implicit.cache_clear()
+
+
+def refused(device):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+
+@pytest.mark.parametrize(
+    ("trial", "reason"), [(refused, "Failed to find C compiler"), (lambda _: 0.5, "wrong by 50.0%"), (lambda _: 0.001, None)]
+)
+def test_kernels_are_tried_before_they_are_trusted(trial, reason, on_a_gpu):
+    on_a_gpu(trial)
+    found = implicit.why_not_implicit(torch.device("cuda"))
+    assert found is None if reason is None else reason in found
+    for precision in ("tf32", "bf16"):
+        assert default_how(torch.device("cuda"), precision) == ("implicit" if reason is None else "matmul")
+    assert default_how(torch.device("cuda"), "float32") == "matmul" and default_how(CPU, "tf32") == "turns"
+
+
+def test_the_trial_holds_kernels_to_torch(monkeypatch):
+    monkeypatch.setattr(implicit, "_DEPTH", {torch.float32: 32})  # the interpreter cannot multiply bfloat16
+    assert implicit._trial(CPU) < 1e-5
+    right = implicit.correlate
+    monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given).flip(2))
+    assert implicit._trial(CPU) > 0.1
+
+
+def test_a_cpu_refuses_them_before_any_work(on_a_gpu, bench, tmp_path, golden):
+    out = tmp_path / "out"
+    code, _, err = bench("run", "--models", "ganomaly", "--trainer", "stacked-implicit", "--out", out)
+    assert code == 2 and "kernels are for a GPU, and this is cpu. Use stacked-matmul." in err and not out.exists()
+    code, _, err = bench("verify", golden[0], "--trainer", "stacked-implicit")
+    assert code == 2 and "kernels are for a GPU, and this is cpu. Use stacked-matmul." in err
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ganomaly_plugin.training import implicit_kernels
+
+lengths = dict(H=16, W=16, P=8, Q=8, C=64, O=128, R=4, S=4, STRIDE_H=2, STRIDE_W=2, PADDING_H=1, PADDING_W=1)
+for number, depth in (("fp32", 32), ("bf16", 64)):
+    for kernel, columns in ((implicit_kernels.convolve, 128), (implicit_kernels.spread, 64), (implicit_kernels.correlate, 64)):
+        constants = dict(lengths, ROWS=128, COLUMNS=columns, SUMMED=depth, ROUNDING="tf32")
+        names = kernel.arg_names
+        types = {name: "constexpr" if name in constants else "i32" for name in names} | dict.fromkeys(names[:3], "*" + number)
+        aligned = {(k,): [["tt.divisibility", 16]] for k in range(3)}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, types, values, aligned)
+        options = dict(num_warps=8, num_stages=3, enable_fp_fusion=True)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(kernel.__name__, number, made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch's Triton does not compile for CUDA")
+def test_they_compile_for_a_gpu(tmp_path):
+    """Of its compute capability 9.0, on which they are tensor-core products of 128 rows that share less than 100 kB."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    kernels = [line.split() for line in said.stdout.splitlines()]
+    assert len(kernels) == 6 and all(int(shared) < 100_000 and int(products) > 0 for *_, shared, products in kernels)
