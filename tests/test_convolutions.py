@@ -55,7 +55,7 @@ def test_convolutions_of_all_models_are_each_ones_own(name, how, biased):
     layer, image, kernel, options = CONVOLUTIONS[name]
     transposed = layer is functional.conv_transpose2d
     out = (kernel[1] if transposed else kernel[0]) * (options.get("groups", 1) if transposed else 1)
-    inputs = [random(*image, seed=0), in_order(random(*kernel, seed=1), how)] + [random(out, seed=2)] * biased
+    inputs = [random(*image, seed=0), in_order(random(*kernel, seed=1))] + [random(out, seed=2)] * biased
 
     def one(*tensors):
         return layer(*tensors, **options)
@@ -115,7 +115,7 @@ class Places(TorchDispatchMode):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_products_copy_no_factor_and_no_answer(stride):
-    x, kernel = random(2, 4, 6, 6, seed=0), in_order(random(4, 4, 4, 4, seed=1), "matmul")
+    x, kernel = random(2, 4, 6, 6, seed=0), in_order(random(4, 4, 4, 4, seed=1))
 
     def of_all(x, kernel):
         with layers_of_all("matmul", "float32"):

@@ -3,8 +3,8 @@
 "grouped" makes one convolution of those of all models, with a group for each. "matmul" lays the images out in patches and
 multiplies matrices in a batch, a model each, which tensor cores take; it needs memory for the patches. "implicit" does the same
 without laying them out. Any way the maps of all models lie side by side as channels of one image, `(n, m·c, h, w)`, so that
-BatchNorm is one BatchNorm of more channels. But for "grouped" they lie in channels-last order, pixel by pixel, and so do the
-kernels: then no product needs a copy of its factors.
+BatchNorm is one BatchNorm of more channels. They lie in channels-last order, pixel by pixel, and so do the kernels: then no
+product needs a copy of its factors.
 """
 
 from __future__ import annotations
@@ -50,11 +50,9 @@ class _Layers(TorchFunctionMode):
         return self.forms.get(func, func)(*args, **kwargs)
 
 
-def in_order(kernels: Tensor, how: Convolutions) -> Tensor:
-    """Kernels `(m, a, b, k, k)` in the order in memory that `how` wants them in; other weights as they are."""
-    if how != "grouped" and kernels.ndim == 5:
-        return kernels.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    return kernels
+def in_order(kernels: Tensor) -> Tensor:
+    """Kernels `(m, a, b, k, k)` in channels-last order in memory; other weights as they are."""
+    return kernels.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if kernels.ndim == 5 else kernels
 
 
 def _mapped(of_all: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -190,7 +190,7 @@ class StackedTrainer:
             before, self._optimisers[k] = self._optimisers[k], make_optimiser(phase.optimiser, self._trained(phase))
             for name in self._trained_names(phase):
                 state = {
-                    key: in_order(value[index], self.convolutions) if value.ndim and value.shape == old[name].shape else value
+                    key: in_order(value[index]) if value.ndim and value.shape == old[name].shape else value
                     for key, value in before.state.get(old[name], {}).items()
                 }
                 if state:
@@ -208,7 +208,7 @@ class StackedTrainer:
             spares.refill()
 
     def _weight(self, values: Tensor) -> Tensor:
-        return in_order(values, self.convolutions).requires_grad_()
+        return in_order(values).requires_grad_()
 
     def _mapped(self, phase: Phase) -> Any:
         def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
