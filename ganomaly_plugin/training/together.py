@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 import warnings
 from collections import deque
@@ -15,11 +14,12 @@ from torch import Tensor
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Stage
 from ganomaly_plugin.training.captured import Record
+from ganomaly_plugin.training.choice import way_for
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
-from ganomaly_plugin.training.memory import models_that_fit
+from ganomaly_plugin.training.memory import make_room, models_that_fit
 from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
-from ganomaly_plugin.training.stack import How, Stack, default_how, make_stack
+from ganomaly_plugin.training.stack import How, Stack, make_stack
 
 
 @dataclass
@@ -53,9 +53,8 @@ def fit_together(
     """Fit every member on its share of checked images `(n, c, h, w)`; one that fails leaves the others as they would be.
 
     A stack that does not fit into the device's memory is split in halves, which begin anew. `how` and `record` are those of
-    `make_stack`.
+    `make_stack`; without `how`, `way_for` chooses.
     """
-    how = how or default_how(device, members[0].detector.recipe.precision)
     by_batch: dict[int, list[_Course]] = {}
     for member in members:
         try:
@@ -64,8 +63,12 @@ def fit_together(
             member.error = error
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
-    for courses in (part for all_ in by_batch.values() for part in _packed(all_, data, device, how)):
-        problem = _too_large(courses, data, device, how, record)
+    parts: list[tuple[How, list[_Course]]] = []
+    for all_ in by_batch.values():
+        way = how or _way_for(all_, data, device, record)
+        parts += [(way, courses) for courses in _packed(all_, data, device, way)]
+    for way, courses in parts:
+        problem = _too_large(courses, data, device, way, record)
         if problem is None:
             continue
         again = [course.member for course in courses]
@@ -75,7 +78,7 @@ def fit_together(
         half = len(again) // 2
         warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
         for part in (again[:half], again[half:]):
-            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=how, record=record)
+            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=way, record=record)
 
 
 class _Course:
@@ -91,6 +94,7 @@ class _Course:
         if epochs is None and steps is None:
             steps = recipe.default_steps
         budget = detector.default_epochs if epochs is None else epochs
+        self.steps = budget * (n // self.batch_size) if steps is None else steps
         self._epochs: Iterator[Iterator[Tensor]] = stage_epochs(
             n, recipe.batch_size, order_of(member.seed), epochs=budget, steps=steps
         )
@@ -120,23 +124,21 @@ class _Course:
         self.left, self.losses, self.epoch = self._rows(batches), [], self.epoch + 1
 
 
+def _way_for(courses: list[_Course], data: Tensor, device: torch.device, record: Record | None) -> How:
+    _, c, h, w = data.shape
+    return way_for(courses[0].fitting.recipe, (c, h, w), len(courses), courses[0].steps, device, record)
+
+
 def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How) -> list[list[_Course]]:
     """The courses in as few stacks as a GPU's memory allows, of about equal sizes; on a CPU in one."""
     if device.type == "cpu":
         return [courses]
     _, c, h, w = data.shape
-    _make_room(device)
+    make_room(device)
     free = torch.cuda.mem_get_info(device)[0]
     fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how)
     count = -(-len(courses) // fit)
     return [courses[k::count] for k in range(count)]
-
-
-def _make_room(device: torch.device) -> None:
-    """Give the memory of former stacks, which refer to themselves, back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _too_large(
@@ -147,7 +149,7 @@ def _too_large(
         _run(courses, resident(data, device), device, how, record)
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the stack
-        _make_room(device)
+        make_room(device)
         return error
     return None
 

@@ -14,8 +14,8 @@
 #   WITHIN=540                seconds for everything: a command still running then is interrupted, none is begun after it
 #   PYTHON=python3            which Python
 #   PRECISIONS, JOBS          "float32 tf32 bf16", "30 1 10 3": of `speed`
-#   SWEEPS                    "tf32_fastest plain float32_matmul …": of `sweep`, plain or PRECISION_WAY, where "fastest" is the way
-#                             that `speed` found to be so with 30 models
+#   SWEEPS                    "tf32 plain float32 bf16": of `sweep`, plain, PRECISION or PRECISION_WAY, such as bf16_streams;
+#                             without a WAY the runner takes the fastest
 #   SETS, PAPER               "mnist cifar10", and more options of `bench run`, such as "--models ganomaly": of `paper`
 #   EPOCHS=15, PLAIN=1        of `sweep`: the budget, and how many jobs the plain trainer does
 #   QUICK=1 DEVICE=cpu        to try the script out
@@ -29,7 +29,7 @@ bench="$python -m ganomaly_plugin"
 size="--features 64 --batch-size 64 --image-size 32 --repeats 9"
 precisions=${PRECISIONS:-float32 tf32 bf16}
 jobs=${JOBS:-30 1 10 3}
-sweeps=${SWEEPS:-tf32_fastest plain float32_fastest bf16_fastest}
+sweeps=${SWEEPS:-tf32 plain float32 bf16}
 one=plain,captured
 ways="stacked-implicit stacked-matmul stacked-grouped stacked-streams"
 many=plain,captured-implicit,captured-matmul,captured-grouped,captured-streams
@@ -76,17 +76,6 @@ speed() { # NAME TRAINERS OPTION...
         --out "$out/$name.csv"
 }
 
-way() { # PRECISION_WAY: how to stack; matmul where `speed` did not come to time it
-    [ "${1#*_}" = fastest ] || { echo "${1#*_}" && return; }
-    $python - "$out/${1%_*}_$most.csv" <<'EOF'
-import csv, pathlib, sys
-path = pathlib.Path(sys.argv[1])
-rows = csv.DictReader(path.open()) if path.exists() else []
-times = {row["trainer"].partition("-")[2]: float(row["median_ms"]) for row in rows if "-" in row["trainer"]}
-print(min(times, key=times.get, default="matmul"))
-EOF
-}
-
 sweep() { # NAME OPTION...: 30 trainings of GANomaly on MNIST, and how long they took
     name=$1
     shift
@@ -117,8 +106,8 @@ for part in $parts; do
             if [ "$name" = plain ]; then
                 sweep "plain_${PLAIN:-1}" --models ganomaly --trainer plain --limit "${PLAIN:-1}"
             else
-                how=$(way "$name")
-                sweep "${name%_*}_$how" --models "ganomaly[precision=${name%_*}]" --trainer "stacked-$how"
+                case $name in *_*) way=-${name#*_} ;; *) way= ;; esac
+                sweep "$name" --models "ganomaly[precision=${name%_*}]" --trainer "stacked$way"
             fi
         done
         ;;
