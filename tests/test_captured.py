@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -113,6 +114,31 @@ def test_a_recording_that_cannot_be_made_is_one_warning_and_the_steps_go_on():
     assert seen == list(range(1, WARM_UP + 5)) and len(caught) == 1 and not run.is_recorded
 
 
+def test_a_recording_that_fails_keeps_none_of_its_memory():
+    made: list[weakref.ref] = []
+
+    def work(inputs):
+        value = inputs["x"] + 1
+        made.append(weakref.ref(value))
+        if len(made) == WARM_UP + 2:  # the recording
+            raise torch.OutOfMemoryError("no memory for a second copy")
+        return {"x": value + 1}
+
+    def record(work, inputs):
+        refused = None
+        try:
+            return work(inputs), list
+        except torch.OutOfMemoryError as error:
+            refused = error  # as `cuda_graph` does, which makes a cycle
+            raise refused from None
+
+    run = Replayed(work, list, record)
+    with pytest.warns(UserWarning, match="OutOfMemoryError: no memory"):
+        for _ in range(WARM_UP + 1):
+            run({"x": torch.zeros(3)})
+    assert len(made) == WARM_UP + 2 and made[-1]() is None
+
+
 @pytest.mark.parametrize("doing", ["nothing", "too much"])
 def test_a_recording_that_does_something_else_is_not_trusted(doing):
     counter = torch.zeros(3)
@@ -143,7 +169,7 @@ class PretendedCuda:
 
     def __init__(self, monkeypatch, broken: bool) -> None:
         self.stream, self.recording, self.released = "mine", [], []
-        self.broken = broken
+        self.broken, self.random_numbers_recorded = broken, False
         for name in ("current_stream", "current_device", "set_stream", "graph_pool_handle", "device", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
@@ -171,16 +197,18 @@ class PretendedCuda:
         self.recording.remove(pool)
 
     @contextlib.contextmanager
-    def graph(self, graph, pool):
+    def graph(self, graph, pool="another pool"):
         self.recording.append(pool)
+        self.random_numbers_recorded = True
         before, self.stream = self.stream, "the recording's"
         try:
             yield
         finally:  # as torch has it: what ends a recording fails when it was broken off, and nothing after it is done
             if self.broken:
+                self.broken = False
                 raise RuntimeError("operation failed due to a previous error during capture")
             self.end(0, pool)
-            self.stream = before
+            self.stream, self.random_numbers_recorded = before, False
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -193,6 +221,7 @@ def test_a_recording_that_is_broken_off_leaves_torch_as_it_was(broken, monkeypat
     with pytest.raises(RuntimeError, match="not permitted"):  # not what torch says of it afterwards
         captured.cuda_graph(refused, {"x": torch.zeros(1)})
     assert cuda.stream == "mine" and not cuda.recording and cuda.released == (["pool"] if broken else [])
+    assert not cuda.random_numbers_recorded
 
 
 def test_work_is_recorded_as_a_cuda_graph(monkeypatch):

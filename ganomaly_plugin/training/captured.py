@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -30,8 +31,9 @@ _AGREE = 0.5  # of a step's change: a replayed step that differs by more from th
 def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Record `work` as a CUDA graph.
 
-    When the device breaks a recording off, torch leaves its stream current and its allocator recording: it never again frees
-    memory to make room. Both are put right here. The error raised is then that of the work, which says what was refused.
+    When the device breaks a recording off, torch leaves its stream current, its allocator recording (it never again frees memory
+    to make room), and its generator of random numbers in the belief that a recording goes on. All three are put right here. The
+    error raised is then that of the work, which says what was refused.
     """
     device = tree_leaves(inputs)[0].device
     refused: Exception | None = None
@@ -50,6 +52,8 @@ def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[],
             with contextlib.suppress(RuntimeError):  # raised where the recording did come to its end
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                 torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=device)  # a recording that comes to its end
             raise refused or error from None
     return outputs, graph.replay
 
@@ -130,19 +134,18 @@ class Replayed:
         return outputs
 
     def _first(self, inputs: Any, record: Record) -> dict[str, Tensor]:
-        """Record the work, and do it: both as it is and as recorded."""
-        self._inputs = tree_map(torch.clone, inputs)
+        """Do the work, then record it, and do it once more as recorded, from the same state."""
         state = self._state()
         before = [tensor.detach().clone() for tensor in state]
-        problem: str | None = None
-        replay: Callable[[], None] | None = None
+        outputs = {name: value.clone() for name, value in self._aside(inputs).items()}
+        after = [tensor.detach().clone() for tensor in state]
+        self._inputs = tree_map(torch.clone, inputs)
         try:
             self._outputs, replay = record(self._work, self._inputs)
         except Exception as error:  # the device refuses something in it, or has no memory for a second copy
             problem = one_line(error)
-        outputs = {name: value.clone() for name, value in self._aside(inputs).items()}
-        if replay is not None:
-            after = [tensor.detach().clone() for tensor in state]
+            traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+        else:
             _restore(state, before)
             replay()
             if _agree(state, after, before):
@@ -163,11 +166,11 @@ def _restore(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _agree(state: Sequence[Tensor], expected: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
     """Whether `state` came about from `before` as `expected` did, but for rounding and what Adam makes of it."""
-    wrong = change = 0.0
+    sums = []  # kept on the device, which is asked once
     for mine, theirs, old in zip(state, expected, before, strict=True):
         moved = theirs.double() - old.double()
         scale = moved.abs().max().clamp(min=1e-30) if moved.numel() else moved.new_ones(())
         apart = (mine.detach().double() - theirs.double()) / scale
-        wrong += float(apart.nan_to_num(0.0, 0.0, 0.0).square().sum())
-        change += float((moved / scale).nan_to_num(0.0, 0.0, 0.0).square().sum())
+        sums.append(torch.stack([each.nan_to_num(0.0, 0.0, 0.0).square().sum() for each in (apart, moved / scale)]))
+    wrong, change = torch.stack(sums).sum(0).tolist() if sums else (0.0, 0.0)
     return wrong <= _AGREE**2 * max(change, 1.0)
