@@ -14,20 +14,20 @@ from ganomaly_plugin.recipe import Networks, Phase, Recipe
 def drawn_anew(recipe: Recipe, phase: Phase, networks: Networks, rng: torch.Generator) -> dict[str, Tensor]:
     """The weights that the recipe's `redraw` sets, of the networks that `phase` trains, by "<network>.<weight>".
 
-    They are drawn on the CPU, so that every device gets the same, with the seed that is next in `rng`. The order of
-    `networks` in memory decides which weight gets which number; they are left as they are.
+    They are drawn on the CPU and in the usual order in memory, so that every device and layout gets the same, with the seed that
+    is next in `rng`; `networks` are left as they are.
     """
     seed = int(torch.randint(2**62, (1,), generator=rng))
     drawn: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name in phase.trains:
-            network = copy.deepcopy(networks[name]).cpu()
+            network = copy.deepcopy(networks[name]).cpu().to(memory_format=torch.contiguous_format)
             for weight in network.parameters():
-                weight.fill_(torch.nan)
+                weight.view(-1)[0] = torch.nan
             recipe.redraw(network)
             for own, weight in network.named_parameters():
-                if not weight.isnan().any():  # else it is none of those that are drawn anew
+                if not weight.view(-1)[0].isnan():  # else it is none of those that are drawn anew
                     drawn[f"{name}.{own}"] = weight.detach()
     return drawn
 
@@ -39,7 +39,7 @@ class Spares:
     """Weights that lie ready on the device for models that collapse, so that no step waits to learn whether one does.
 
     Args:
-        networks: Any model's; they are copied, in the order in memory that the plain trainer has them in.
+        networks: Any model's; they are copied.
         rngs: One a model.
     """
 
@@ -47,9 +47,7 @@ class Spares:
         self, recipe: Recipe, phase: Phase, networks: Networks, rngs: Sequence[torch.Generator], device: torch.device
     ) -> None:
         self._recipe, self._phase, self._rngs = recipe, phase, list(rngs)
-        self._blank: dict[str, nn.Module] = {
-            name: copy.deepcopy(networks[name]).cpu().to(memory_format=torch.channels_last) for name in phase.trains
-        }
+        self._blank = {name: copy.deepcopy(networks[name]).cpu() for name in phase.trains}
         drawn = [self._draw(model) for _ in range(READY) for model in range(len(rngs))]
         self.weights = {
             name: torch.stack([one[name] for one in drawn]).unflatten(0, (READY, len(rngs))).to(device) for name in drawn[0]
@@ -65,7 +63,7 @@ class Spares:
             following = self.spent.clamp(max=READY - 1), torch.arange(len(below), device=below.device)
             for name, spare in self.weights.items():
                 weight = weights[name]
-                weight.copy_(torch.where(below.view(-1, *(1,) * (weight.ndim - 1)), spare[following], weight))
+                torch.where(below.view(-1, *(1,) * (weight.ndim - 1)), spare[following], weight, out=weight)
             self.spent += below
 
     def refill(self) -> None:
