@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_stacked import STACKABLE, digits, recipe_of
 
+from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training import choice, together
-from ganomaly_plugin.training.choice import LONG, fastest, way_for
+from ganomaly_plugin.training.choice import LONG, Choice, fastest, way_for
 from ganomaly_plugin.training.stack import WAYS
 from ganomaly_plugin.training.together import Member, fit_together
 
@@ -46,20 +47,23 @@ def times(monkeypatch, **seconds: float | Exception) -> list[str]:
 def test_the_fastest_way_is_taken_that_works(seconds, chosen, monkeypatch):
     asked = times(monkeypatch, **seconds)
     for _ in range(2):
-        assert way_for(recipe_of("ae"), CHW, 3, LONG, GPU, None) == chosen
+        assert way_for(recipe_of("ae"), CHW, 3, LONG, GPU, None).how == chosen
     assert sorted(asked) == sorted(seconds)  # once each
+    for how, told in way_for(recipe_of("ae"), CHW, 3, LONG, GPU, None).tried.items():
+        what = seconds[how]
+        assert told == (f"{what * 1e3:.3f} ms a model and step" if isinstance(what, float) else one_line(what))
 
 
 def test_kernels_for_tensor_cores_are_tried_where_they_work(monkeypatch):
     asked = times(monkeypatch, implicit=1.0, matmul=2.0, grouped=3.0, streams=3.0)
     monkeypatch.setattr(choice, "default_how", lambda device, precision: "implicit")
-    assert way_for(recipe_of("ae", precision="tf32"), CHW, 3, LONG, GPU, None) == "implicit" and "implicit" in asked
+    assert way_for(recipe_of("ae", precision="tf32"), CHW, 3, LONG, GPU, None).how == "implicit" and "implicit" in asked
 
 
 def test_nothing_is_tried_on_a_cpu_or_for_a_short_training(monkeypatch):
     asked = times(monkeypatch)
-    assert way_for(recipe_of("ae"), CHW, 3, 10 * LONG, CPU, None) == "turns"
-    assert way_for(recipe_of("ae"), CHW, 3, LONG - 1, GPU, None) == "matmul" and not asked
+    assert way_for(recipe_of("ae"), CHW, 3, 10 * LONG, CPU, None) == ("turns", {})
+    assert way_for(recipe_of("ae"), CHW, 3, LONG - 1, GPU, None) == ("matmul", {}) and not asked
 
 
 @pytest.mark.parametrize("how", ["grouped", "matmul", "streams"])
@@ -83,10 +87,11 @@ def test_a_stack_asks_with_its_budget(budget, steps, monkeypatch):
 
     def way(recipe, chw, models, steps, device, record):
         asked.append((chw, models, steps))
-        return "matmul"
+        return Choice("matmul", {"matmul": "1 ms", "grouped": "OutOfMemoryError: no"})
 
     monkeypatch.setattr(together, "way_for", way)
     members = [Member(make_detector("ae", features=2, latent_dim=2), torch.arange(128), seed) for seed in (0, 1)]
     fit_together(members, digits()[:128], **budget, device=CPU)
     assert asked == [(CHW, 2, steps)] and {m.detector.facts_["stacked_by"] for m in members} == {"matmul"}
+    assert all(m.detector.describe()["ways_tried"]["grouped"] == "OutOfMemoryError: no" for m in members)
     assert set(WAYS.values()) == {"grouped", "matmul", "implicit", "streams", "turns"}

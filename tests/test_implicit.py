@@ -131,9 +131,9 @@ def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
 def on_a_gpu(monkeypatch):
     """As on a GPU, whose `_trial` answers what the test wants."""
     monkeypatch.setattr(implicit, "_is_interpreted", lambda: False)
-    implicit.why_not_implicit.cache_clear()
+    implicit._why_not.cache_clear()
     yield lambda trial: monkeypatch.setattr(implicit, "_trial", trial)
-    implicit.why_not_implicit.cache_clear()
+    implicit._why_not.cache_clear()
 
 
 def refused(device):
@@ -150,6 +150,16 @@ def test_kernels_are_tried_before_they_are_trusted(trial, reason, on_a_gpu):
     for precision in ("tf32", "bf16"):
         assert default_how(torch.device("cuda"), precision) == ("implicit" if reason is None else "matmul")
     assert default_how(torch.device("cuda"), "float32") == "matmul" and default_how(CPU, "tf32") == "turns"
+
+
+def test_a_want_of_memory_is_not_for_ever(on_a_gpu):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    on_a_gpu(full)
+    assert "out of memory" in implicit.why_not_implicit(torch.device("cuda"))
+    on_a_gpu(lambda _: 0.001)
+    assert implicit.why_not_implicit(torch.device("cuda")) is None
 
 
 def test_the_trial_holds_kernels_to_torch(monkeypatch):

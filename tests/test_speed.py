@@ -14,6 +14,7 @@ from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.speed import timing, trainers, work
+from ganomaly_plugin.speed.peers import AnomalibEngine
 from ganomaly_plugin.speed.timing import time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
 from ganomaly_plugin.speed.work import copying, count_work, matmul, peak_memory
@@ -68,6 +69,9 @@ def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path
     code, out, _ = bench("speed", *words, "--out", tmp_path / "speed.csv")
     assert code == 0 and "stacked-matmul is not timed: OutOfMemoryError: Tried" in out
     assert list(pd.read_csv(tmp_path / "speed.csv")["trainer"]) == ["plain"]
+    words[3] = "captured-streams,plain"
+    code, out, _ = bench("speed", *words)
+    assert code == 0 and "captured-streams is not timed: CUDA graphs need a GPU" in out
 
 
 def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch) -> None:
@@ -81,6 +85,25 @@ def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch)
     monkeypatch.setattr(trainers, "stacked", lambda recipe, stage, _, how, **more: made(recipe, stage, how=how, **more))
     with pytest.raises(UserWarning, match="operation not permitted"):
         trainers.captured(recipe, recipe.stages[0], types.SimpleNamespace(device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("float32", "ieee"), ("tf32", "tf32")])
+def test_the_engine_trains_in_the_precision_of_its_row(precision: str, inside: str) -> None:
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    seen = []
+
+    def now() -> str:
+        return torch.backends.cuda.matmul.fp32_precision
+
+    before = now()
+    look = LambdaCallback(
+        setup=lambda trainer, module, stage: seen.append(now()), on_train_batch_end=lambda *_: seen.append(now())
+    )
+    setting = Setting(torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8), CPU)
+    recipe = GanomalyRecipe(features=2, latent_dim=4, batch_size=4, precision=precision)
+    AnomalibEngine(recipe, setting).fit(look, limit_train_batches=1, max_epochs=1)
+    assert seen == [before, inside] and now() == before
 
 
 def test_scoring_of_named_detectors(bench, tmp_path: Path) -> None:

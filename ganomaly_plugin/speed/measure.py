@@ -85,7 +85,7 @@ def time_training(
     A trainer that fails, as one that needs more memory than there is, is a printed line and no row.
 
     Raises:
-        InvalidInput: Peers are asked for where no GANomaly is among the detectors, or a trainer cannot train a detector.
+        InvalidInput: Peers are asked for where no GANomaly is among the detectors, or no trainer can train a detector.
     """
     recipes = [(show(s.name, s.options), recipe) for s in selections if (recipe := recipe_of(s)) is not None]
     candidates: list[_Candidate] = []
@@ -96,29 +96,29 @@ def time_training(
     for peer in peers:
         assert ganomaly is not None and isinstance(ganomaly[1], GanomalyRecipe)
         label, recipe = ganomaly[0], replace(ganomaly[1], precision=peer_precision)
+        if peer == "anomalib":
+            engine = AnomalibEngine(recipe, setting)
+            host = (str(len(candidates)), engine)
+            candidates.append(_anomalib(engine, label, recipe, setting))
+            continue
         with precision(peer_precision):
-            if peer == "anomalib":
-                engine = AnomalibEngine(recipe, setting)
-                host = (str(len(candidates)), engine)
-                candidates.append(_anomalib(engine, label, recipe, setting))
-            else:
-                candidates.append(_prepared(label, "authors' form", recipe, setting, lambda r=recipe: authors(r, setting)))
+            candidates.append(_prepared(label, "authors' form", recipe, setting, lambda r=recipe: authors(r, setting)))
     for label, recipe in recipes:
         recipe.check_shape(setting.chw)
         for stage in recipe.stages:
             name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
             flops, _ = _work_per_image(plain(recipe, stage, setting))
+            before, refused = len(candidates), None
             for trainer in trainers:
                 prepare = functools.partial(TRAINERS[trainer], recipe, stage, setting)
                 try:
-                    made = _prepared(name, trainer, recipe, setting, prepare, flops)
-                except InvalidInput:
-                    raise
+                    candidates.append(_prepared(name, trainer, recipe, setting, prepare, flops))
                 except Exception as error:
                     print(f"{name}, {trainer} is not timed: {one_line(error)}", flush=True)
                     traceback.clear_frames(error.__traceback__)  # they hold its models
-                else:
-                    candidates.append(made)
+                    refused = error
+            if isinstance(refused, InvalidInput) and len(candidates) == before:
+                raise refused
     return _timed(candidates, setting.device, repeats, host)
 
 

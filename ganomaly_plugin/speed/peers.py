@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ganomaly_plugin.speed.authors import AuthorsStep
 from ganomaly_plugin.speed.timing import Samples, Stopwatch, Task, Timing
 from ganomaly_plugin.speed.trainers import Prepared, Setting, indices
 from ganomaly_plugin.training.plain import resident
+from ganomaly_plugin.training.precision import precision
 
 PEERS = ("authors", "anomalib")
 
@@ -40,6 +42,7 @@ class AnomalibEngine:
 
     def __init__(self, recipe: GanomalyRecipe, setting: Setting) -> None:
         self.setting, self.batch_size = setting, min(recipe.batch_size, len(setting.images))
+        self.precision = recipe.precision
         sizes = {"n_features": recipe.features, "latent_vec_size": recipe.latent_dim, "extra_layers": recipe.extra_layers}
         self.options = {"image_size": setting.chw[1], "batch_size": self.batch_size, **sizes}
 
@@ -59,13 +62,21 @@ class AnomalibEngine:
         from ganomaly_plugin.detectors.anomalib_data import ImagesInMemory, make_engine
         from ganomaly_plugin.detectors.anomalib_models import quiet, seeded
 
-        with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors():
+        with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors(), ExitStack() as training:
             model = detector._build()
             budget = {"max_epochs": -1, **limits}
-            engine = make_engine(self.setting.device, folder, list(callbacks), min_epochs=0, **budget)
+            arithmetic = _at_start(lambda: training.enter_context(precision(self.precision)))
+            engine = make_engine(self.setting.device, folder, [arithmetic, *callbacks], min_epochs=0, **budget)
             data: Any = ImagesInMemory(self.setting.images, self.batch_size, drop_last=True)
             engine.fit(model, datamodule=data)
         return model
+
+
+def _at_start(what: Task) -> Any:
+    """A callback that does something when training starts: what Lightning asks of the device at its own start is over then."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    return LambdaCallback(on_train_start=lambda trainer, module: what())
 
 
 def _callback(device: torch.device, repeats: int, turn: Task) -> Any:

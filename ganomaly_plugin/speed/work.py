@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -101,6 +102,7 @@ def peak_memory(task: Task, device: torch.device) -> int:
     On CUDA it is the caching allocator's own count. On a CPU it is the running sum of the allocations and releases that
     torch's profiler sees: the same definition, so not the process's size, and without what oneDNN keeps for itself.
     """
+    gc.collect()  # else models that failed before go away in the middle of it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

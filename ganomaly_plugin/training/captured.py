@@ -31,9 +31,9 @@ _AGREE = 0.5  # of a step's change: a replayed step that differs by more from th
 def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Record `work` as a CUDA graph.
 
-    When the device breaks a recording off, torch leaves its stream current, its allocator recording (it never again frees memory
-    to make room), and its generator of random numbers in the belief that a recording goes on. All three are put right here. The
-    error raised is then that of the work, which says what was refused.
+    When the device breaks a recording off, torch leaves its stream current, its allocator recording (so that it never again
+    frees memory to make room), and its random numbers as if a recording went on. All three are put right here. The error raised
+    is then that of the work, which says what was refused.
     """
     device = tree_leaves(inputs)[0].device
     refused: Exception | None = None

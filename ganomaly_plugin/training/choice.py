@@ -6,9 +6,11 @@ import functools
 import time
 import traceback
 import warnings
+from typing import NamedTuple
 
 import torch
 
+from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.training.captured import WARM_UP, Record
 from ganomaly_plugin.training.memory import make_room, models_that_fit
@@ -20,44 +22,45 @@ TIMED = 5  # steps of each trial that count
 _CLEAR = 0.95  # of the default way's time: less of a gain is not worth another way
 
 
+class Choice(NamedTuple):
+    """A way of stacking, and what each way that was tried took, or why it failed, in words."""
+
+    how: How
+    tried: dict[str, str]
+
+
 def way_for(
     recipe: Recipe, chw: tuple[int, int, int], models: int, steps: int, device: torch.device, record: Record | None
-) -> How:
-    """The way to train so many models for `steps`: `default_how`, or on a GPU, if it is worth a trial, a faster one."""
+) -> Choice:
+    """How to train so many models for `steps`: by `default_how`, or on a GPU, if it is worth a trial, by a faster way."""
     default = default_how(device, recipe.precision)
     if device.type == "cpu" or steps < LONG:
-        return default
+        return Choice(default, {})
     return fastest(recipe, chw, models, device, record, default)
 
 
 @functools.lru_cache(maxsize=64)
 def fastest(
     recipe: Recipe, chw: tuple[int, int, int], models: int, device: torch.device, record: Record | None, default: How
-) -> How:
+) -> Choice:
     """The way whose steps take the least time for each model, and `default` where none is clearly faster.
 
     Every way is tried with as many of the models as it holds at once. One that fails, or whose memory does not do, is left out.
     """
-    seconds = {
-        how: _CLEAR * taken if how == default else taken
-        for how in WAYS.values()
-        if how != "turns" and (how != "implicit" or default == how)
-        if (taken := _trial(recipe, chw, models, device, record, how)) is not None
-    }
-    return min(seconds, key=seconds.__getitem__, default=default)
-
-
-def _trial(
-    recipe: Recipe, chw: tuple[int, int, int], models: int, device: torch.device, record: Record | None, how: How
-) -> float | None:
-    """Seconds that a step takes for each model; None where there can be none."""
-    try:
-        return _seconds_per_model(recipe, chw, models, device, record, how)
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the stack
-        return None
-    finally:
+    ways = [how for how in WAYS.values() if how != "turns" and (how != "implicit" or default == how)]
+    seconds: dict[How, float] = {}
+    tried: dict[str, str] = {}
+    for how in ways:
         make_room(device)
+        try:
+            seconds[how] = _seconds_per_model(recipe, chw, models, device, record, how)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the stack
+            tried[how] = one_line(error)
+        else:
+            tried[how] = f"{seconds[how] * 1e3:.3f} ms a model and step"
+    make_room(device)
+    return Choice(min(seconds, key=lambda how: seconds[how] * (_CLEAR if how == default else 1), default=default), tried)
 
 
 def _seconds_per_model(
@@ -70,7 +73,7 @@ def _seconds_per_model(
     shape = (models, recipe.batch_size, *chw)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a step that cannot be replayed is a slow one, and no more than that here
+        warnings.filterwarnings("error", "a step cannot be replayed")  # it would hold too much memory, and be slow
         for _ in range(WARM_UP + 2):
             stack.step(images)
     began = _now(device)

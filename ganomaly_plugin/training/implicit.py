@@ -27,19 +27,28 @@ _DEPTH = {torch.float32: 32, torch.bfloat16: 64}  # numbers that a block of the 
 _TRUSTED = 0.02  # of the largest number: what rounding to bfloat16 may change
 
 
-@functools.cache
 def why_not_implicit(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`; None where they can.
 
     On a GPU they are held to torch's own convolutions first, once, on small maps: Triton compiles them there, which takes a C
     compiler, and not every GPU has the memory that they share within a block.
     """
+    try:
+        return _why_not(device)
+    except torch.OutOfMemoryError as error:  # which may pass
+        return one_line(error)
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda":
         return None if _is_interpreted() else f"its kernels are for a GPU, and this is {device.type}"
     try:
         error = _trial(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as refused:
         return f"Triton refuses: {one_line(refused)}"
     return None if error < _TRUSTED else f"its kernels are wrong by {error:.1%} of what is right on this {device.type}"

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ganomaly_plugin.recipe import Networks, Phase, Recipe
 
@@ -14,8 +14,8 @@ from ganomaly_plugin.recipe import Networks, Phase, Recipe
 def drawn_anew(recipe: Recipe, phase: Phase, networks: Networks, rng: torch.Generator) -> dict[str, Tensor]:
     """The weights that the recipe's `redraw` sets, of the networks that `phase` trains, by "<network>.<weight>".
 
-    They are drawn on the CPU and in the usual order in memory, so that every device and layout gets the same, with the seed that
-    is next in `rng`; `networks` are left as they are.
+    They are drawn on the CPU and in the usual order in memory, so that every device and layout gets the same, with the next
+    seed of `rng`; `networks` are left as they are.
     """
     seed = int(torch.randint(2**62, (1,), generator=rng))
     drawn: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Stage
 from ganomaly_plugin.training.captured import Record
-from ganomaly_plugin.training.choice import way_for
+from ganomaly_plugin.training.choice import Choice, way_for
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.memory import make_room, models_that_fit
@@ -63,12 +64,12 @@ def fit_together(
             member.error = error
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
-    parts: list[tuple[How, list[_Course]]] = []
+    parts: list[tuple[Choice, list[_Course]]] = []
     for all_ in by_batch.values():
-        way = how or _way_for(all_, data, device, record)
-        parts += [(way, courses) for courses in _packed(all_, data, device, way)]
-    for way, courses in parts:
-        problem = _too_large(courses, data, device, way, record)
+        choice = _way_for(all_, data, device, record) if how is None else Choice(how, {})
+        parts += [(choice, courses) for courses in _packed(all_, data, device, choice.how)]
+    for choice, courses in parts:
+        problem = _too_large(courses, data, device, choice, record)
         if problem is None:
             continue
         again = [course.member for course in courses]
@@ -78,7 +79,7 @@ def fit_together(
         half = len(again) // 2
         warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
         for part in (again[:half], again[half:]):
-            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=way, record=record)
+            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=choice.how, record=record)
 
 
 class _Course:
@@ -124,7 +125,7 @@ class _Course:
         self.left, self.losses, self.epoch = self._rows(batches), [], self.epoch + 1
 
 
-def _way_for(courses: list[_Course], data: Tensor, device: torch.device, record: Record | None) -> How:
+def _way_for(courses: list[_Course], data: Tensor, device: torch.device, record: Record | None) -> Choice:
     _, c, h, w = data.shape
     return way_for(courses[0].fitting.recipe, (c, h, w), len(courses), courses[0].steps, device, record)
 
@@ -142,11 +143,11 @@ def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How
 
 
 def _too_large(
-    courses: list[_Course], data: Tensor, device: torch.device, how: How, record: Record | None
+    courses: list[_Course], data: Tensor, device: torch.device, choice: Choice, record: Record | None
 ) -> torch.OutOfMemoryError | None:
     """Run the courses; why they do not fit into the memory of `device`, which then holds nothing of them, or None."""
     try:
-        _run(courses, resident(data, device), device, how, record)
+        _run(courses, resident(data, device), device, choice, record)
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the stack
         make_room(device)
@@ -154,12 +155,12 @@ def _too_large(
     return None
 
 
-def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How, record: Record | None) -> None:
+def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Choice, record: Record | None) -> None:
     recipe = courses[0].fitting.recipe
     stage = recipe.stages[0]
     models = [course.fitting.build() for course in courses]
     seeds = [course.member.seed for course in courses]
-    stack: Stack = make_stack(recipe, models, seeds=seeds, device=device, how=how, record=record)
+    stack: Stack = make_stack(recipe, models, seeds=seeds, device=device, how=choice.how, record=record)
     size = len(courses)
     while courses:
         index = torch.stack([course.next_batch() for course in courses])
@@ -176,7 +177,9 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, how: How, r
             try:
                 course.end_epoch(stack.scoring_networks(k), stack.steps, list(losses), stage)
                 if course.is_over:
-                    way = {"stacked_by": how, "stacked_models": size} | ({"replayed": True} if stack.is_recorded else {})
+                    way: dict[str, Any] = {"stacked_by": choice.how, "stacked_models": size}
+                    way |= {"replayed": True} if stack.is_recorded else {}
+                    way |= {"ways_tried": choice.tried} if choice.tried else {}
                     course.fitting.finish("stacked", **way)
             except torch.OutOfMemoryError:
                 raise
