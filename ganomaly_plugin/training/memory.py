@@ -18,7 +18,7 @@ _SHARE = 0.8  # of the free memory; the rest is for libraries, fragmentation and
 
 
 def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int], how: How = "grouped") -> int:
-    """Bytes that one model of a stack takes in training: weights, gradients, moments, and what a step keeps for its gradients.
+    """Bytes that one model of a stack takes at most: weights, gradients, moments, and what a step keeps for its gradients.
 
     Measured by a step on the CPU in float32, where autograd is asked for every tensor that it saves. ("implicit" saves what
     "grouped" does.)
@@ -37,7 +37,8 @@ def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int], how: How = "groupe
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         trainer.step(torch.zeros(1, recipe.batch_size, *chw))
     state = sum(tensor.nbytes for tensor in (*trainer.weights.values(), *trainer.buffers.values()))
-    copies = 4 + (recipe.ema_decay is not None)  # itself, gradient, two moments, average
+    # itself, gradient, two moments, average; and itself and the moments twice while a recorded step is held to the step itself
+    copies = 4 + (recipe.ema_decay is not None) + 6
     return copies * state + 2 * sum(saved.values())  # as much again for gradients of what was kept
 
 
