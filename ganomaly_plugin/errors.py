@@ -40,9 +40,12 @@ def one_line(error: BaseException) -> str:
 
 
 def check_seed(seed: object) -> int:
-    """`seed` as an int; raises InvalidInput unless it is a whole number of at least 0, also one of numpy's."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
-        raise InvalidInput(f"seed must be a whole number of at least 0, got {seed!r}.")
+    """`seed` as an int; raises InvalidInput unless it is a whole number, also one of numpy's, of 32 bits.
+
+    Of a larger one torch's generator on a CPU would take the last 32 bits only, so that two seeds could give one detector.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
+        raise InvalidInput(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}.")
     return int(seed)
 
 

@@ -11,6 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ganomaly_plugin.errors import InvalidInput, check_known
 
 
@@ -37,7 +39,7 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, as_group=False, fail_untyped=False)
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in hparams.items()}
+    plain = {key: _plain(value) for key, value in hparams.items()}
     hints = _hints(cls)
     for key, value in plain.items():
         if _would_import(hints.get(key), value):
@@ -51,6 +53,13 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
             raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.") from error
         plain[key] = parsed[key]
     return plain
+
+
+def _plain(value: Any) -> Any:
+    """`value` with numbers of numpy's as Python's own, and tuples as lists."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
 def _hints(cls: type) -> dict[str, Any]:

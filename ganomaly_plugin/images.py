@@ -37,7 +37,8 @@ def check_images(images: Any, *, chw: tuple[int, int, int] | None = None) -> Ten
             raise InvalidInput(f"Images have dtype {array.dtype}. {_ALLOWED}; scale 16-bit images to uint8 first.")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            backwards = any(stride < 0 for stride in array.strides)  # which numpy overlooks along an axis of one
+            tensor = torch.from_numpy(array.copy() if backwards else np.ascontiguousarray(array))
     if tensor.ndim != 4:
         raise InvalidInput(f"Images have shape {tuple(tensor.shape)}. {_ALLOWED}.")
     if 0 in tensor.shape:

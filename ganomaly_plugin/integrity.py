@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.core import Job, RunRecord, canonical_json
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, one_line
 
 FORMATS = (1, 2)  # of records; this version writes the last
 CHECKSUM = "checksum"
@@ -69,13 +69,17 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def check_storable(record: RunRecord) -> None:
-    """Raise InvalidInput when `record` holds what JSON has no form for, as a detector's own facts may."""
+    """Raise InvalidInput when `record` holds what JSON has no form for, as a detector's own facts may, or no reader takes."""
     try:
-        sealed(record.to_dict())
+        text = sealed(record.to_dict())
     except (TypeError, ValueError) as error:
         raise InvalidInput(
             f"describe() or history_ holds what a record cannot: {error}. Return plain finite numbers, text, lists and dicts."
         ) from error
+    try:
+        unsealed(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InvalidInput(f"The job's record would not be readable: {one_line(error)}.") from error
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -77,4 +77,4 @@ def aupro(maps: np.ndarray, masks: np.ndarray, fpr_limit: float = FPR_LIMIT) -> 
         warnings.simplefilter("ignore")  # of torchmetrics, about keeping all maps, which AUPRO needs
         metric = _AUPRO(fpr_limit=fpr_limit)
         metric.update(torch.from_numpy(np.ascontiguousarray(maps)), torch.from_numpy(masks.astype(np.float32)))
-        return float(metric.compute())
+        return min(1.0, max(0.0, float(metric.compute())))  # of float32, which rounds beyond them

@@ -5,10 +5,11 @@ Trainers turn a recipe into a detector, so a method is written once and trained 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,13 @@ class Stage:
 
     name: str
     phases: tuple[Phase, ...]
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The fields of a recipe class that name one of a few choices, and these."""
+    hints = get_type_hints(cls)
+    return {each.name: get_args(hints[each.name]) for each in fields(cls) if get_origin(hints[each.name]) is Literal}
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,10 @@ class Recipe(ABC):
         if not 0 < self.val_share < 1:
             raise InvalidInput(f"val_share must lie between 0 and 1, got {self.val_share}.")
         at_least(patience=(self.patience, 1))
-        if self.precision not in get_args(Precision):
-            raise InvalidInput(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}.")
+        for name, choices in _choices(type(self)).items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InvalidInput(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InvalidInput(f"ema_decay must lie in [0, 1), or be None for no averaging, got {self.ema_decay}.")
 

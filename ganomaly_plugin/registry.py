@@ -138,8 +138,12 @@ def resolve(kind: str, name: str) -> Any:
     in_family = name not in known and family + colon in known
     target = known[family + colon if in_family else name].target if in_family or name in known else name
     module, _, attribute = target.partition(":")
+    if not attribute and name in known:
+        raise InvalidInput(f"{kind} {name!r} is registered as {target!r}, which names no object. Register module:attribute.")
     if not attribute:
         raise unknown(kind, name, known, todo=_ELSE)
+    if in_family and not argument:
+        raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module may raise anything, a SyntaxError first of all

@@ -21,8 +21,8 @@ from test_measures import fill, outcome
 from ganomaly_plugin import claims, files
 from ganomaly_plugin.claims import Claims, is_alive, started
 from ganomaly_plugin.core import Job, Outcome
-from ganomaly_plugin.errors import CannotStore, CorruptFile
-from ganomaly_plugin.integrity import check_against_scores
+from ganomaly_plugin.errors import CannotStore, CorruptFile, InvalidInput
+from ganomaly_plugin.integrity import check_against_scores, check_storable
 from ganomaly_plugin.runner import Settings, run_job
 from ganomaly_plugin.store import Store, read_record
 
@@ -87,6 +87,13 @@ def test_a_claim_that_cannot_be_written_leaves_none(tmp_path: Path, monkeypatch:
 def test_what_json_cannot_hold_is_a_failed_job() -> None:
     record = run_job(Job("crashing_detectors:Describes", {}, "digits", {"image_size": 16}, *STRICT), Settings("cpu")).record
     assert record.status == "failed" and "describe() or history_" in str(record.error)
+
+
+def test_what_no_reader_takes_is_not_stored(tmp_path: Path) -> None:
+    record = outcome("a").record
+    check_storable(record)
+    with pytest.raises(InvalidInput, match=r"would not be readable: ValueError: metric 'aupro' is not a number in \[0, 1\]"):
+        check_storable(replace(record, metrics={**record.metrics, "aupro": 1.0000001}))
 
 
 STRICT = ("one-anomalous/strict-v1", "0", 0, None)

@@ -260,6 +260,13 @@ def test_masks_of_another_size_and_missing_masks_are_faults(tmp_path: Path) -> N
     assert "no mask ground_truth/dirt/000_mask.png" in str(caught.value)
 
 
+def test_a_mask_that_marks_nothing_is_a_fault(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    save(base / "ground_truth/crack/000_mask.png", Image.new("RGBA", (20, 20), (0, 0, 0, 255)))
+    with pytest.raises(BadImages, match=r"its mask 000_mask\.png marks nothing"):
+        load(base, tmp_path)
+
+
 def test_a_mask_that_vanishes_when_resized_is_counted(tmp_path: Path) -> None:
     base = mvtec(tmp_path / "f")
     tiny = Image.new("L", (20, 20))

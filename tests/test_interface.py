@@ -16,6 +16,7 @@ import ganomaly_plugin
 from ganomaly_plugin import list_detectors, load_authors_checkpoint, load_detector, load_results, make_detector
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import get_protocol
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, NotFitted
 from ganomaly_plugin.registry import DATASETS, DETECTORS, entries, resolve
 from ganomaly_plugin.report.figures import figure_kind
@@ -117,6 +118,28 @@ def test_hyperparameters_are_what_was_given() -> None:
     assert make_detector("ganomaly", **detector.hparams).hparams == detector.hparams
 
 
+def test_recipes_know_their_choices() -> None:
+    for options in ({"adversarial": "zzz"}, {"batchnorm": "Running"}, {"score_by": "residuals"}, {"select": "best"}):
+        with pytest.raises(InvalidInput, match=f"{next(iter(options))} must be one of .*, got"):
+            GanomalyRecipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hparams"),
+    [
+        ("ganomaly", {"w_con": np.float64(3), "features": np.int64(4), "latent_dim": np.int32(2), "lr": np.float32(0.5)}),
+        ("ae", {"betas": (np.float64(0.5), np.float64(0.9)), "features": 4}),
+        ("knn", {"distance": np.str_("mean"), "standardise": np.bool_(True)}),
+    ],
+)
+def test_numpys_numbers_are_numbers(tmp_path: Path, name: str, hparams: dict) -> None:
+    detector = make_detector(name, **hparams).fit(blobs(8), epochs=None if name == "knn" else 1)
+    detector.save(tmp_path / "detector.pt")
+    again = load_detector(tmp_path / "detector.pt")
+    np.testing.assert_array_equal(again.score(GOOD), detector.score(GOOD))
+    assert not any(isinstance(value, np.generic) for value in again.hparams.values())
+
+
 GOOD = blobs(4)
 
 
@@ -154,7 +177,42 @@ def test_score_wants_images_like_those_of_fit() -> None:
         detector.anomaly_map(blobs(4, side=32))
 
 
-@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"epochs": 1.5}, {"seed": -1}, {"seed": "0"}, {"device": "tpu9"}])
+def test_arrays_may_be_read_backwards() -> None:
+    detector = make_detector("knn").fit(GOOD[:, ::-1])  # grey images after BGR → RGB
+    np.testing.assert_array_equal(detector.score(GOOD[:, ::-1, ::-1]), detector.score(GOOD[:, :, ::-1].copy()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_after_a_failed_fit_a_detector_is_not_fitted(first: bool) -> None:
+    detector = make_detector("ganomaly", **SMALL, batch_size=4, select="normal-val", val_share=0.3)
+    if not first:
+        detector.fit(blobs(12), epochs=1)
+    with pytest.raises(InvalidInput, match="val_share"):
+        detector.fit(blobs(1), epochs=1)
+    for call in (lambda: detector.score(GOOD), lambda: detector.save("detector.pt")):
+        with pytest.raises(NotFitted):
+            call()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_fit_takes_the_gradients_it_needs(around: Any) -> None:
+    detector = make_detector("ae", **SMALL).fit(GOOD, epochs=1)
+    with around():
+        within = make_detector("ae", **SMALL).fit(GOOD, epochs=np.int64(1))
+    np.testing.assert_array_equal(within.score(GOOD), detector.score(GOOD))
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    detector = make_detector("ganomaly", **SMALL, lr=1e9).fit(GOOD, steps=1)  # the step after it would be noticed in training
+    with pytest.raises(InvalidInput, match=r"ganomaly returned \d scores that are not finite"):
+        detector.score(GOOD)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"epochs": 0}, {"epochs": 1.5}, {"seed": -1}, {"seed": "0"}, {"seed": 2**32}]
+    + [{"device": device} for device in ("tpu9", "meta", "mps", "cpu:5", 1)],
+)
 def test_bad_fit_arguments(arguments: dict) -> None:
     with pytest.raises(InvalidInput):
         make_detector("ae", **SMALL).fit(GOOD, **arguments)

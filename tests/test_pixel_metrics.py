@@ -52,6 +52,16 @@ def test_a_small_region_counts_as_much_as_a_large_one() -> None:
     assert aupro(maps, masks) == pytest.approx(0.5, abs=0.001)
 
 
+def test_no_rounding_makes_it_more_than_all():
+    rng = np.random.default_rng(197)
+    n = int(rng.integers(2, 12))
+    masks = np.zeros((n, 32, 32), dtype=bool)
+    for k in range(n // 2 + 1):
+        y, x = rng.integers(0, 24, 2)
+        masks[k, y : y + rng.integers(2, 8), x : x + rng.integers(2, 8)] = True
+    assert aupro(rng.random(masks.shape).astype(np.float32) + 2 * masks, masks) == 1.0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_against_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -170,9 +170,11 @@ def decode_mask(path: Path, image_size: tuple[int, int], *, size: int, fit: str)
     if values.shape[::-1] != image_size:
         w, h = image_size
         raise BadImage(f"its mask {path.name} is {values.shape[1]}×{values.shape[0]}, the image {w}×{h}")
+    if not values.any():
+        raise BadImage(f"its mask {path.name} marks nothing: every value is 0")
     whole = Image.fromarray((values != 0).astype(np.uint8) * 255)
     small = np.asarray(_fitted(whole, size, fit, Image.Resampling.NEAREST)) > 0
-    return small, bool(values.any() and not small.any())
+    return small, not small.any()
 
 
 def check_options(channels: int, fit: str, on_bad_image: str, image_size: int) -> None:

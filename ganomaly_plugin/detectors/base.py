@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted, check_seed
 from ganomaly_plugin.files import as_path
 from ganomaly_plugin.images import check_images
+from ganomaly_plugin.metrics import check_scores
 
 FORMAT = 1
 
@@ -73,7 +75,7 @@ class BaseDetector(ABC):
             Diverged: A training loss is not finite.
         """
         for budget, value in (("epochs", epochs), ("steps", steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise InvalidInput(f"{budget} must be a whole number of at least 1, got {value!r}.")
         if steps is not None and (epochs is not None or not self.has_steps):
             why = "has no budget in steps" if not self.has_steps else f"got epochs={epochs} and steps={steps}"
@@ -82,9 +84,16 @@ class BaseDetector(ABC):
         checked = check_images(images)
         _, c, h, w = checked.shape
         self.check_shape((c, h, w))
+        where = resolve_device(device)
+        epochs = None if epochs is None else int(epochs)
+        more: dict[str, Any] = {} if steps is None else {"steps": int(steps)}
         self.image_shape_ = (c, h, w)
-        more: dict[str, Any] = {} if steps is None else {"steps": steps}
-        self._fit(checked, seed=seed, epochs=epochs, device=resolve_device(device), on_epoch=on_epoch, **more)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._fit(checked, seed=seed, epochs=epochs, device=where, on_epoch=on_epoch, **more)
+        except BaseException:
+            del self.image_shape_  # it is not fitted
+            raise
         return self
 
     def score(self, images: Any) -> np.ndarray:
@@ -92,9 +101,11 @@ class BaseDetector(ABC):
 
         Raises:
             NotFitted: Called before `fit`.
-            InvalidInput: The images are not usable, or not of the shape that the detector was fitted on.
+            InvalidInput: The images are not usable, or not of the shape that the detector was fitted on; or a score is not
+                finite, as of networks whose last step diverged.
         """
-        return np.asarray(self._score(self._check(images)), dtype=np.float64)
+        checked = self._check(images)
+        return check_scores(self._score(checked), len(checked), self.name or type(self).__name__)
 
     def anomaly_map(self, images: Any) -> np.ndarray:
         """Anomaly of each pixel, float32 `(n, h, w)`; higher is more anomalous.
@@ -183,8 +194,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInput(f"Unknown device {device!r}. Allowed: auto, cpu, cuda, cuda:N.") from error
+    except (RuntimeError, TypeError):
+        resolved = None
+    if resolved is None or not isinstance(device, str) or str(resolved) not in ("cpu", "cuda", f"cuda:{resolved.index}"):
+        raise InvalidInput(f"Unknown device {device!r}. Allowed: auto, cpu, cuda, cuda:N.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(f"Device {device!r} is not here: {torch.cuda.device_count()} CUDA devices. Use auto or cpu.")
     return resolved

@@ -206,8 +206,8 @@ class OneClassSvm(PixelModel):
 
     def __init__(self, nu: float = 0.5, max_train: int | None = 2000, standardise: bool = True) -> None:
         at_least(max_train=(1 if max_train is None else max_train, 1))
-        if not 0 < nu <= 1:
-            raise InvalidInput(f"nu must lie in (0, 1], got {nu}.")
+        if not 0 < nu < 1:
+            raise InvalidInput(f"nu must lie between 0 and 1, got {nu}.")
         self.nu = nu
         self.max_train = max_train
         self.standardise = standardise

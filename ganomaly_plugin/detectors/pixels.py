@@ -103,5 +103,5 @@ class PixelModel(BaseDetector):
 
 
 def sklearn_seed(seed: int) -> int:
-    """A seed of 32 bits, which is what scikit-learn takes, from one of up to 63."""
+    """A seed for scikit-learn that has nothing to do with other generators of the same seed."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -24,7 +24,8 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, check_known, check_seed
+from ganomaly_plugin.hparams import checked_hparams, default_hparams
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.plain import (
@@ -145,11 +146,15 @@ class RecipeModule(AnomalibModule):
     ) -> None:
         if channels not in (1, 3):
             raise InvalidInput(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
-        recipe = self.recipe_class(**hparams)
+        name = type(self).__name__
+        for key in hparams:
+            check_known(f"argument of {name}", key, default_hparams(self.recipe_class).keys() - set(HIDDEN))
+        recipe = self.recipe_class(**checked_hparams(name, self.recipe_class, hparams))
         chw = (channels, image_size, image_size)
         recipe.check_shape(chw)
         if seed is None:
-            seed = int(torch.randint(2**62, (1,)))
+            seed = int(torch.randint(2**32, (1,)))
+        seed = check_seed(seed)
         super().__init__(
             pre_processor=GanPreProcessor(image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ganomaly_plugin.recipe import Networks, Recipe
-from ganomaly_plugin.training.lightning import RecipeModule
+from ganomaly_plugin.training.lightning import HIDDEN, RecipeModule
 from ganomaly_plugin.training.lightning_classes import module_class
 
 
@@ -78,7 +78,7 @@ def replay(
 ) -> tuple[list[dict[str, Tensor]], Networks]:
     """Train from the weights in `networks` on `batches` `(steps, b, c, h, w)`: each step's losses, the trained networks."""
     channels, side = batches.shape[2:4]
-    hparams = {name: value for name, value in asdict(recipe).items() if name != "batch_size"}
+    hparams = {name: value for name, value in asdict(recipe).items() if name not in HIDDEN}
     module = module_class(type(recipe))(image_size=side, channels=channels, pre_processor=False, visualizer=False, **hparams)
     module.model.networks.load_state_dict(nn.ModuleDict(dict(networks)).state_dict())
     losses = fit_batches(module, batches, device)
