@@ -9,11 +9,12 @@ from scipy import stats
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc
 from ganomaly_plugin.report.statistics import (
-    bootstrap_aurocs,
+    JobScores,
     friedman,
     holm,
     image_interval,
     seed_interval,
+    weighted_aurocs,
     wilcoxon_pairs,
 )
 
@@ -88,18 +89,18 @@ def test_holm_by_hand_and_against_statsmodels() -> None:
     np.testing.assert_allclose(holm(p), multitest.multipletests(p, method="holm")[1])
 
 
-def test_bootstrap_is_the_auroc_of_the_drawn_images() -> None:
+def test_weights_are_how_often_an_image_is_there() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random(40) < 0.4
     score = np.round(rng.normal(truth, 1), 1)  # with ties
-    (found,) = bootstrap_aurocs(truth, score, 1, np.random.default_rng(7))
-    again = np.random.default_rng(7)
-    drawn = np.concatenate(
-        [np.flatnonzero(truth == kind)[again.integers(n, size=n)] for kind, n in ((False, (~truth).sum()), (True, truth.sum()))]
-    )
-    assert found == pytest.approx(auroc(truth[drawn], score[drawn]))
-    with pytest.raises(InvalidInput, match="one kind is missing"):
-        bootstrap_aurocs(np.ones(4, dtype=bool), np.arange(4.0), 2, rng)
+    weights = rng.integers(0, 4, (5, 40))
+    for found, times in zip(weighted_aurocs(truth, score, weights), weights, strict=True):
+        assert found == pytest.approx(auroc(np.repeat(truth, times), np.repeat(score, times)))
+    assert np.isnan(weighted_aurocs(truth, score, truth[None].astype(float))).all()
+
+
+def scores_of(truth: np.ndarray, score: np.ndarray, first: int = 0, source: str = "") -> JobScores:
+    return JobScores(first + np.arange(len(truth)), truth, score, source)
 
 
 def test_image_interval_against_scipy() -> None:
@@ -111,21 +112,35 @@ def test_image_interval_against_scipy() -> None:
         return (np.moveaxis(a, axis, -1)[..., :, None] > np.moveaxis(b, axis, -1)[..., None, :]).mean((-1, -2))
 
     theirs = stats.bootstrap((anomalous, normal), statistic, n_resamples=2000, method="percentile", rng=2, batch=200)
-    ours = image_interval([[(truth, score)]])
+    ours = image_interval([[scores_of(truth, score)]])
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.012)
     assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.012)
-    twice = image_interval([[(truth, score), (truth, score)]])  # a second seed of the same scores tells nothing new
-    assert twice.high - twice.low == pytest.approx(ours.high - ours.low)
-    four = image_interval([[(truth, score)]] * 4)  # four classes do
-    assert (four.high - four.low) / (ours.high - ours.low) == pytest.approx(0.5, abs=0.08)
+    width = ours.high - ours.low
+    for jobs in ([[scores_of(truth, score)] * 2], [[scores_of(truth, score)]] * 4):  # seeds, or classes, of the same images
+        again = image_interval(jobs)
+        assert again.high - again.low == pytest.approx(width)
+    backwards = JobScores(np.arange(120)[::-1], truth[::-1], score[::-1])  # the same images in another order
+    assert image_interval([[backwards]]) == ours
+    for jobs in (
+        [[scores_of(truth, score, 1000 * k)] for k in range(4)],
+        [[scores_of(truth, score, 0, str(k))] for k in range(4)],
+    ):
+        four = image_interval(jobs)  # classes of other images do tell more
+        assert (four.high - four.low) / width == pytest.approx(0.5, abs=0.08)
+    with pytest.raises(InvalidInput, match="one kind is missing"):
+        image_interval([[scores_of(np.ones(4, dtype=bool), np.arange(4.0))]])
 
 
-def test_image_interval_covers_the_truth() -> None:
+@pytest.mark.parametrize("shared", [0.0, 2.0])
+def test_image_interval_covers_the_truth(shared: float) -> None:
+    """Each of three classes is the anomaly once, and an image that looks odd looks odd to the detectors of all three."""
     rng, hits = np.random.default_rng(5), 0
-    truth = np.arange(90) < 30
-    expected = stats.norm.cdf(1 / np.sqrt(2))
+    label = np.repeat(np.arange(3), 40)
+    expected = stats.norm.cdf(1 / np.sqrt(2) / np.sqrt(1 + shared**2))
     for k in range(100):
-        interval = image_interval([[(truth, rng.normal(truth, 1))]], replicates=300, seed=k)
+        oddity = shared * rng.normal(size=len(label))
+        jobs = [[scores_of(label == c, rng.normal(label == c, 1) + oddity)] for c in range(3)]
+        interval = image_interval(jobs, replicates=300, seed=k)
         hits += interval.low <= expected <= interval.high
     assert 88 <= hits <= 100
 

@@ -16,6 +16,7 @@ from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.statistics import (
     Friedman,
     Interval,
+    JobScores,
     Pair,
     friedman,
     image_interval,
@@ -77,15 +78,15 @@ def _in_range(interval: Interval | None) -> Interval | None:
     return interval and replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
-def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]:
-    found: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, list[JobScores]]]:
+    found: dict[str, dict[str, list[JobScores]]] = {}
     for record in records:
         if record.status == "done":
             arrays = store.scores(record.job)
             of_class = found.setdefault(record.job.label or record.job.detector, {})
-            part = f"{record.job.data.get('category', '')}/{record.job.category}"
-            order = np.argsort(arrays["test_index"], kind="stable")  # so that seeds agree on which image is which
-            of_class.setdefault(part, []).append((arrays["is_anomaly"][order], arrays["score"][order]))
+            source = str(record.job.data.get("category", ""))
+            tested = JobScores(arrays["test_index"], arrays["is_anomaly"], arrays["score"], source)
+            of_class.setdefault(f"{source}/{record.job.category}", []).append(tested)
     return found
 
 

@@ -28,52 +28,63 @@ class Interval:
     n: int
 
 
-def bootstrap_aurocs(is_anomaly: np.ndarray, score: np.ndarray, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """AUROCs `(replicates,)` of test sets drawn with replacement, normal and anomalous images apart (stratified).
+@dataclass(frozen=True)
+class JobScores:
+    """The test images of one job, and what it made of them: arrays `(n,)`."""
 
-    Args:
-        is_anomaly: bool `(n,)`, with both kinds.
-        score: `(n,)`.
-        replicates: How many.
-        rng: Source of the draws.
-    """
-    n_anomalous, n_normal = int(is_anomaly.sum()), int((~is_anomaly).sum())
-    if not n_anomalous or not n_normal:
-        raise InvalidInput("AUROC needs normal and anomalous images, and one kind is missing.")
-    values, place = np.unique(score, return_inverse=True)  # tied scores share a place
-    normal, anomalous = place[~is_anomaly], place[is_anomaly]  # in the images' own order: equal draws are of equal images
-    found = []
-    step = max(1, HELD // len(score))
-    for first in range(0, replicates, step):
-        row = np.arange(min(step, replicates - first))[:, None]
-        of_normal = normal[rng.integers(n_normal, size=(len(row), n_normal))]
-        of_anomalous = anomalous[rng.integers(n_anomalous, size=(len(row), n_anomalous))]
-        drawn = np.bincount((of_normal + row * len(values)).ravel(), minlength=len(row) * len(values)).reshape(len(row), -1)
-        below = np.cumsum(drawn, axis=1) - drawn / 2  # normals below a score, ties half
-        found.append(np.take_along_axis(below, of_anomalous, axis=1).mean(axis=1) / n_normal)
-    return np.concatenate(found)
+    image: np.ndarray  # whole numbers, each image its own
+    is_anomaly: np.ndarray  # bool, with both kinds
+    score: np.ndarray
+    source: str = ""  # where the numbers are of: images of two sources are never the same
 
 
-def image_interval(
-    jobs: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, replicates: int = 2000, seed: int = 0
-) -> Interval:
+def weighted_aurocs(is_anomaly: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROCs `(r,)` of test sets in which image i occurs `weights[:, i]` times, `(r, n)`; NaN where a kind is missing."""
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])  # of equal scores
+    drawn = weights[:, order]
+    normal = np.add.reduceat(drawn * ~is_anomaly[order], starts, axis=1)
+    anomalous = np.add.reduceat(drawn * is_anomaly[order], starts, axis=1)
+    below = np.cumsum(normal, axis=1) - normal / 2  # normals below a score, ties half
+    with np.errstate(invalid="ignore"):
+        return (anomalous * below).sum(1) / (normal.sum(1) * anomalous.sum(1))
+
+
+def image_interval(jobs: Sequence[Sequence[JobScores]], *, replicates: int = 2000, seed: int = 0) -> Interval:
     """Percentile interval of a mean AUROC over test images, for the seeds and classes at hand.
 
-    All seeds of a class are resampled with the same draws, image by image in the given order, for they are scored on the
-    same images (under the paper's protocol: the same anomalies). Classes are resampled independently.
+    An image is drawn as often for one job as for any other that it is tested in: the classes of a data set share test images,
+    and an image that is hard is so for all of them. Images that are anomalous for the same classes are a stratum, which keeps
+    its size; where each class is the anomaly once, these are the classes.
 
     Args:
-        jobs: For each class a list of (is_anomaly, score), one a seed.
+        jobs: For each class its jobs, one a seed.
         replicates: Bootstrap samples.
         seed: Of the draws.
     """
-    classes = []
-    for k, runs in enumerate(jobs):
-        drawn = [bootstrap_aurocs(truth, score, replicates, np.random.default_rng([seed, k])) for truth, score in runs]
-        classes.append(np.mean(drawn, axis=0))
-    means = np.mean(classes, axis=0)
+    if not all(0 < job.is_anomaly.sum() < len(job.is_anomaly) for runs in jobs for job in runs):
+        raise InvalidInput("AUROC needs normal and anomalous images, and one kind is missing.")
+    found: list[list[list[np.ndarray]]] = [[[] for _ in runs] for runs in jobs]  # class, seed: parts of the replicates
+    for number, source in enumerate(sorted({job.source for runs in jobs for job in runs})):
+        mine = [(k, run, job) for k, runs in enumerate(jobs) for run, job in enumerate(runs) if job.source == source]
+        images = np.unique(np.concatenate([job.image for _, _, job in mine]))
+        places = [np.searchsorted(images, job.image) for _, _, job in mine]
+        anomalous = np.zeros((len(jobs), len(images)), dtype=bool)
+        for (k, _, job), place in zip(mine, places, strict=True):
+            anomalous[k, place] |= job.is_anomaly
+        stratum = np.unique(anomalous, axis=1, return_inverse=True)[1].ravel()
+        rng = np.random.default_rng([seed, number])
+        step = max(1, HELD // len(images))
+        for first in range(0, replicates, step):
+            weights = np.zeros((min(step, replicates - first), len(images)))
+            for part in range(stratum.max() + 1):
+                members = np.flatnonzero(stratum == part)
+                weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), len(weights))
+            for (k, run, job), place in zip(mine, places, strict=True):
+                found[k][run].append(weighted_aurocs(job.is_anomaly, job.score, weights[:, place]))
+    means = np.mean([np.mean([np.concatenate(parts) for parts in runs], axis=0) for runs in found], axis=0)
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.nanpercentile(means, [tail, 100 - tail])
     return Interval(float(low), float(high), "bootstrap over test images, stratified", sum(map(len, jobs)))
 
 
