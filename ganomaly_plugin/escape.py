@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -18,6 +20,10 @@ _LATEX = {
     "×": r"$\times$",
     "±": r"$\pm$",
 }
+_LATEX |= {"ß": r"{\ss}", "æ": r"{\ae}", "Æ": r"{\AE}", "œ": r"{\oe}", "Œ": r"{\OE}"}
+_LATEX |= {"ø": r"{\o}", "Ø": r"{\O}", "ł": r"{\l}", "Ł": r"{\L}"}
+#: Combining accents: grave, acute, circumflex, tilde, macron, breve, dot, diaeresis, ring, double acute, caron, cedilla.
+_ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327", "`'^~=u.\"rHvc", strict=True))
 #: What a spreadsheet takes for the start of a formula; the wide forms are those of East Asian input methods.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 #: For `str.translate`: control characters, which no page needs, as `?`; line ends and tabs stay.
@@ -30,8 +36,19 @@ def printable(text: str) -> str:
 
 
 def latex_escape(text: str) -> str:
-    """`text` as LaTeX prints it, with any character that pdflatex's default set-up lacks replaced by `?`."""
-    return "".join(_LATEX.get(char, char if char.isascii() and char.isprintable() else "?") for char in text)
+    """`text` as LaTeX prints it in its default set-up, which has Latin letters and their accents; others by number: U+88C2."""
+    return "".join(map(_latex_char, unicodedata.normalize("NFC", text)))
+
+
+def _latex_char(char: str) -> str:
+    if char in _LATEX or not char.isprintable():
+        return _LATEX.get(char, "?")
+    if char.isascii():
+        return char
+    parts = unicodedata.normalize("NFD", char)
+    if len(parts) == 2 and parts[0].isascii() and parts[1] in _ACCENTS:
+        return rf"\{_ACCENTS[parts[1]]}{{{parts[0]}}}"
+    return f"U+{ord(char):04X}"
 
 
 def markdown_escape(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from ganomaly_plugin.cell import Cell
 from ganomaly_plugin.claims import Claims
-from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord
+from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord, canonical_json
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
 from ganomaly_plugin.images import check_images
@@ -167,13 +167,23 @@ def make_plan(jobs: list[Job], store: Store | None, *, retry_failed: bool = Fals
 
 
 def check_unchanged(plan: Plan, store: Store, splits: Mapping[str, str]) -> None:
-    """Raise InvalidInput when finished jobs of `plan` are of other images or splits than `splits` has for them now."""
-    stale = [record.job for record in plan.done if record.split_digest not in (None, splits.get(record.job.key))]
+    """Raise InvalidInput when finished jobs are of other images or splits than `splits` has now for jobs of `plan`.
+
+    Whatever their detectors, jobs on the same data with the same class and seed share a table.
+    """
+    now = {_of_split(job): splits[job.key] for job in plan.jobs if job.key in splits}
+    done = [record for record in store.records() if record.status == "done" and _of_split(record.job) in now]
+    stale = [record.job for record in done if record.split_digest not in (None, now[_of_split(record.job)])]
     if stale:
         raise InvalidInput(
-            f"{stale[0].dataset} has changed: {len(stale)} of {len(plan.done)} finished jobs are of other images or splits, "
+            f"{stale[0].dataset} has changed: {len(stale)} of {len(done)} finished jobs are of other images or splits, "
             f"and are not repeated. Give another --out, or delete their records, such as {store.record_path(stale[0])}."
         )
+
+
+def _of_split(job: Job) -> str:
+    """Equal for jobs that must have equal splits."""
+    return canonical_json([job.dataset, dict(job.data), job.protocol, dict(job.sampling), job.category, job.seed])
 
 
 #: Which jobs go together: every job in exactly one chunk.

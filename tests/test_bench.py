@@ -16,6 +16,7 @@ import pytest
 
 from ganomaly_plugin.cli import COMMANDS, main
 from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.escape import latex_escape
 from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
@@ -385,7 +386,7 @@ def test_tables_as_text(store: Store) -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine: the LaTeX table was not compiled")
 def test_latex_compiles(store: Store, tmp_path: Path) -> None:
-    store.put(fake_outcome("ugly_^~\\{}$#<>|é\n[k=1,b=true]", "x", 0, 0.3))
+    store.put(fake_outcome("ugly_^~\\{}$#<>|éßŁčőñÅç裂\n[k=1,b=true]", "x", 0, 0.3))
     write_tables(store)
     body = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{auc.tex}\end{document}"
     (store.folder / "paper.tex").write_text(body)
@@ -393,6 +394,24 @@ def test_latex_compiles(store: Store, tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=store.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (store.folder / "paper.pdf").stat().st_size > 1000
+
+
+def test_classes_may_be_called_as_other_columns(tmp_path: Path) -> None:
+    made = Store(tmp_path / "made", create=True)
+    for k, name in enumerate(("detector", "scratch", "scratch_n", "seeds", "average_rank")):
+        for detector in ("a", "b"):
+            made.put(fake_outcome(detector, name, 0, 0.5 + k / 10))
+    write_tables(made)
+    auc = pd.read_csv(made.folder / "auc.csv").query("metric == 'auroc'")
+    assert list(auc["detector"]) == ["a", "b"] and list(auc["seeds"]) == [1, 1]
+    shown = ["class detector", "scratch", "class scratch_n", "class seeds", "class average_rank"]
+    assert [list(auc[name]) for name in shown] == [[0.5 + k / 10] * 2 for k in range(5)]
+    assert list(auc["scratch_n"]) == [1, 1] and list(auc["class scratch_n_n"]) == [1, 1]
+
+
+def test_latin_letters_are_those_of_latex_and_others_differ() -> None:
+    assert latex_escape("größe, Öl, é, Ł") == r"gr\"{o}{\ss}e, \"{O}l, \'{e}, {\L}"
+    assert latex_escape("裂纹") == "U+88C2U+7EB9" != latex_escape("划痕") and latex_escape("a\x07") == "a?"
 
 
 def test_rows_from_other_splits_are_refused(store: Store, bench) -> None:

@@ -396,6 +396,11 @@ def test_a_folder_that_changed_is_neither_taken_for_done_nor_mixed(tmp_path: Pat
         code, stdout, err = bench(*words, "--seeds", seeds)
         assert code == 2 and stdout == "" and err.count("\n") == 1
         assert "has changed: 1 of 1 finished jobs are of other images" in err and "delete their records, such as" in err
+    other = [*words[:2], "pca", *words[3:]]  # before it is trained
+    assert (
+        "has changed: 1 of 1 finished jobs are of other images" in bench(*other)[2]
+        and len(list((out / "records").iterdir())) == 1
+    )
     for again in ([*words, "--seeds", "1"], ["tables", out], ["report", out]):
         code, stdout, err = bench(*again)
         assert code == 2 and stdout == "" and "were made from different images: the data changed in between" in err

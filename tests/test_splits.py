@@ -153,6 +153,7 @@ def test_contamination_is_a_share_of_the_reduced_training_set() -> None:
         ({"train_fraction": float("nan")}, "train_fraction"),
         ({"contamination": -0.1}, r"contamination must be in \[0, 0.5\]"),
         ({"contamination": 0.6}, "contamination"),
+        ({"contamination": 1e-6}, r"contamination=1e-06 of \d+ training images is less than one .* Take at least 0.0\d+, or 0"),
         ({"contamination": float("nan")}, "contamination"),
     ],
 )

@@ -169,8 +169,8 @@ def make_split(
             from the test part, which loses them.
 
     Raises:
-        InvalidInput: The protocol or class is unknown, a share is out of range or needs more anomalies than there are,
-            the seed is no whole number of at least 0, nothing is left to train on, or the test part lacks one kind.
+        InvalidInput: The protocol or class is unknown, a share is out of range, is of no image or needs more anomalies than
+            there are, the seed is not one, nothing is left to train on, or the test part lacks one kind.
     """
     protocol = get_protocol(protocol_id)
     allowed = categories(dataset, protocol)
@@ -224,6 +224,12 @@ def _contaminate(split: Split, is_anomalous: np.ndarray, share: float, seed: int
     tested = split.test[split.is_anomaly]
     spare = np.setdiff1d(np.flatnonzero(is_anomalous), tested)
     pool, available = (spare, len(spare)) if len(spare) else (tested, len(tested) - 1)  # one stays to be tested
+    if wanted == 0:
+        least = math.ceil(1000 * 0.5 / (0.5 + len(split.train))) / 1000
+        raise InvalidInput(
+            f"contamination={share} of {len(split.train)} training images is less than one ({where}). "
+            f"Take at least {least}, or 0."
+        )
     if wanted > available:
         most = max(available, 0) / (max(available, 0) + len(split.train))
         raise InvalidInput(

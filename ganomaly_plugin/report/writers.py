@@ -110,7 +110,11 @@ def to_latex(tables: Sequence[Table]) -> str:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """All tables as one CSV: for each column its mean, `_std` and `_n`; data set, protocol and metric in front."""
+    """All tables as one CSV: for each column its mean, `_std` and `_n`; data set, protocol and metric in front.
+
+    A class whose name is that of another column, such as "detector", has "class " before it.
+    """
+    names = _csv_names(tables)
     rows = []
     for table in tables:
         average = table.average_ranks()
@@ -124,15 +128,30 @@ def to_csv(tables: Sequence[Table]) -> str:
             }
             for column in table.columns:
                 cell = table.cells[row][column]
-                line |= {column: cell.mean, f"{column}_std": cell.std, f"{column}_n": cell.n}
+                name = names[column]
+                line |= {name: cell.mean, f"{name}_std": cell.std, f"{name}_n": cell.n}
             rows.append({**line, "average_rank": average.get(row, math.nan)})
         for reference in table.references:
             line = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "detector": reference.label}
-            line |= reference_values(table, reference)
+            line |= {names[column]: value for column, value in reference_values(table, reference).items()}
             rows.append({**line, "source": reference.source, "reliability": reference.reliability})
     frame = pd.DataFrame(rows)
-    counts = {"seeds", *(f"{column}_n" for table in tables for column in table.columns)} & set(frame)
+    counts = {"seeds", *(f"{name}_n" for name in names.values())} & set(frame)
     return _csv(frame.astype(dict.fromkeys(counts, "Int64")))  # a published row has none
+
+
+def _csv_names(tables: Sequence[Table]) -> dict[str, str]:
+    """What each column of the tables is called in a CSV, where no two may share a name."""
+    taken = {"dataset", "protocol", "metric", "detector", "seeds", "average_rank", "source", "reliability"}
+    names: dict[str, str] = {}
+    columns = {column for table in tables for column in table.columns}
+    for column in sorted(columns, key=lambda column: (column != MEAN, column)):
+        name = column
+        while taken & {name, f"{name}_std", f"{name}_n"}:
+            name = f"class {name}"
+        taken |= {name, f"{name}_std", f"{name}_n"}
+        names[column] = name
+    return names
 
 
 def to_json(tables: Sequence[Table]) -> str:
