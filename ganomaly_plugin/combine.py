@@ -70,7 +70,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     chosen: dict[str, tuple[Store, RunRecord]] = {}
     merged, conflicts = Merged(), []
     for source in sources:
-        for record in source.records():
+        for record in source.records_as_stored():
             if record.status == "done":
                 source.scores(record.job)  # raises when damaged
             before = chosen.get(record.job.key)

@@ -65,6 +65,8 @@ def experiment_from(options: Any) -> Any:
         raise InvalidInput("trust is for the command line, not for a config. Leave it out there, and write --trust MODULE.")
     if configs and "out" in given and not on_command_line("--out", words):
         check_out(str(given["out"]), map(str, configs))
+    if configs and given.get("slurm_folder") and not on_command_line("--slurm-folder", words):
+        check_out(str(given["slurm_folder"]), map(str, configs), "slurm_folder")
     for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "cuda_graphs", "stack", *WHERE):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given

@@ -15,6 +15,13 @@ def distinctly_labelled(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     A label holds what differs from the defaults of the version that ran the job, and defaults change between versions.
     """
+    found, labels = list(records), None
+    while labels != (labels := [record.job.label for record in found]):  # a new label may be that of others
+        found = _told_apart(found)
+    return found
+
+
+def _told_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         known = kinds.setdefault((record.job.label, record.job.protocol), [])

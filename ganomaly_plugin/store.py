@@ -147,9 +147,13 @@ class Store:
         Raises:
             CorruptFile: One is damaged; names it and says how to go on.
         """
+        return distinctly_labelled(self.records_as_stored())
+
+    def records_as_stored(self) -> list[RunRecord]:
+        """Likewise, with the labels that they were stored with, whatever else is in the folder."""
         with without_collections():
             paths = sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)
-            return distinctly_labelled([read_record(path) for path in paths])
+            return [read_record(path) for path in paths]
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
         """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.

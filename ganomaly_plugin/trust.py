@@ -17,8 +17,9 @@ from ganomaly_plugin.registry import is_registered
 
 
 def on_command_line(option: str, words: Sequence[str]) -> bool:
-    """Whether the words of a command line set `option`, such as "--out"."""
-    return any(word == option or word.startswith(f"{option}=") for word in words)
+    """Whether the words of a command line set `option`, such as "--out" or "--slurm-folder", also written with underscores."""
+    given = ["--" + word[2:].partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    return option in given
 
 
 def check_class_paths(kind: str, names: Iterable[str], trusted: Iterable[str], words: Sequence[str]) -> None:
@@ -42,12 +43,12 @@ def check_class_paths(kind: str, names: Iterable[str], trusted: Iterable[str], w
             )
 
 
-def check_out(out: str, configs: Iterable[str]) -> None:
-    """Raise InvalidInput when `out`, from a config, lies neither below the working directory nor beside the config."""
+def check_out(out: str, configs: Iterable[str], name: str = "out") -> None:
+    """Raise InvalidInput when `out`, a config's `name`, lies neither below the working directory nor beside the config."""
     target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links that the user made, to a larger disk say
     places = [Path.cwd(), *(Path(os.path.abspath(config)).parent for config in configs)]  # noqa: PTH100
     if not any(place in target.parents for place in places):
         raise InvalidInput(
-            f"The config's out is {out!r}; a config writes only below the working directory or its own folder. "
-            "Give --out on the command line."
+            f"The config's {name} is {out!r}; a config writes only below the working directory or its own folder. "
+            f"Give --{name.replace('_', '-')} on the command line."
         )

@@ -40,6 +40,20 @@ def test_two_halves_make_the_whole(tmp_path: Path, bench) -> None:
     assert bench("diff", tmp_path / "whole", tmp_path / "one")[0] == 0
 
 
+def test_labels_are_merged_as_they_were_stored(tmp_path: Path, bench) -> None:
+    def one(n: int, category: str) -> Outcome:
+        made = outcome("pca", category)
+        return replace(made, record=replace(made.record, job=replace(made.record.job, hparams={"n": n})))
+
+    fill(tmp_path / "one", [one(9, "0"), one(5, "0")])
+    fill(tmp_path / "two", [one(5, "1")])
+    assert {record.job.label for record in Store(tmp_path / "one").records()} == {"pca[n=5]", "pca[n=9]"}
+    assert bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")[0] == 0
+    both = Store(tmp_path / "both")
+    assert {record.job.label for record in both.records_as_stored()} == {"pca"}
+    assert sorted(record.job.label for record in both.records()) == ["pca[n=5]", "pca[n=5]", "pca[n=9]"]
+
+
 def test_other_scores_of_one_job_are_refused_or_settled(tmp_path: Path, bench) -> None:
     versions = {"versions": {"torch": "2.11.0"}}
     first = outcome("a")

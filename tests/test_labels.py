@@ -32,6 +32,12 @@ def test_settings_that_a_label_leaves_out_make_rows_of_their_own() -> None:
     assert [each.job.label for each in distinctly_labelled([old, longer])] == ["ae[epochs=3,lr=0.5]", "ae[epochs=4,lr=0.5]"]
 
 
+def test_a_label_that_settings_make_may_be_that_of_others() -> None:
+    three = [record(0.9, "ae", x=2, y=1), record(0.5, "ae", x=3, y=1), record(0.1, "ae[x=2]", x=2, y=5)]
+    labels = [each.job.label for each in distinctly_labelled(three)]
+    assert labels == ["ae[x=2,y=1]", "ae[x=3]", "ae[x=2,y=5]"]
+
+
 def test_labels_stay_where_they_tell_settings_apart() -> None:
     alike = [record(0.9, batchnorm="running"), record(0.8, protocol="one-anomalous/paper-v1", batchnorm="batch")]
     assert distinctly_labelled([*alike, *alike]) == [*alike, *alike]

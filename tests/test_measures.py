@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,9 @@ def test_several_data_sets_are_summarised(tmp_path: Path) -> None:
     for write in WRITERS.values():
         assert "only" in write([summary])
     assert summarise(tables[:1]) == []
+    same = [replace(table, dataset="one") for table in tables]
+    assert summarise(same)[0].columns == ("one (1)", "one (2)")
+    assert summarise(same)[0].cells["a"]["one (2)"] == summary.cells["a"]["two 32×32"]
 
 
 def test_published_numbers_stand_beside_and_take_no_part(tmp_path: Path, bench) -> None:

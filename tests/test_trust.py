@@ -26,6 +26,7 @@ from ganomaly_plugin.integrity import sealed
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.writers import WRITERS, tables_of, write_tables
 from ganomaly_plugin.store import Store
+from ganomaly_plugin.trust import on_command_line
 
 RAN = Path("ran")
 
@@ -192,6 +193,11 @@ def test_a_config_writes_nowhere_else(tmp_path: Path, bench, monkeypatch: pytest
     assert code == 2 and "Give --out on the command line" in stderr and stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["configs", "here", "sweep.yaml"]
     assert bench("run", "--config", config, "--out", "../mine", "--dry-run")[0] == 0
+    assert on_command_line("--slurm-folder", ["run", "--slurm_folder=x"]) and not on_command_line("--out", ["--outer", "out"])
+    config.write_text("models: [pca]\ndatasets: [digits]\nslurm_folder: /elsewhere\n")
+    code, _, stderr = bench("run", "--config", config, "--dry-run")
+    assert code == 2 and "The config's slurm_folder is '/elsewhere'" in stderr
+    assert "The config's" not in bench("run", "--config", config, "--slurm_folder", "/elsewhere", "--dry-run")[2]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "..", "", "a\0b", "é" * 300, "CON", "-rf", "a\nb"])

@@ -148,9 +148,14 @@ def summarise(tables: Sequence[Table]) -> list[Table]:
         if len(group) < 2:
             continue
         rows = tuple(dict.fromkeys(row for table in group for row in table.rows))
-        absent = {table.dataset: Cell(math.nan, math.nan, 0, table.seeds) for table in group}
-        cells = {row: {t.dataset: t.cells[row][MEAN] if row in t.rows else absent[t.dataset] for t in group} for row in rows}
-        columns = tuple(table.dataset for table in group)
+        captions = [table.dataset for table in group]
+        columns = tuple(  # options that a caption leaves out may be all that differs
+            caption if captions.count(caption) == 1 else f"{caption} ({captions[: k + 1].count(caption)})"
+            for k, caption in enumerate(captions)
+        )
+        of = dict(zip(columns, group, strict=True))
+        absent = {column: Cell(math.nan, math.nan, 0, table.seeds) for column, table in of.items()}
+        cells = {row: {c: t.cells[row][MEAN] if row in t.rows else absent[c] for c, t in of.items()} for row in rows}
         title = f"mean over classes of the {group[0].title}"
         found.append(Table(ALL, group[0].protocol, group[0].metric, title, rows, columns, cells, group[0].higher_is_better))
     return found
