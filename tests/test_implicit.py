@@ -168,6 +168,8 @@ def test_the_trial_holds_kernels_to_torch(monkeypatch):
     right = implicit.correlate
     monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given).flip(2))
     assert implicit._trial(CPU) > 0.1
+    monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given) * float("nan"))
+    assert not implicit._trial(CPU) < implicit._TRUSTED
 
 
 def test_a_cpu_refuses_them_before_any_work(on_a_gpu, bench, tmp_path, golden):

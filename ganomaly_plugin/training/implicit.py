@@ -10,8 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ganomaly_plugin.training.products import Geometry, is_wanted
 _WIDTH = 16  # tensor cores take numbers of channels that are multiples of this
 _MOST = 128  # numbers along a side of a block of the result
 _DEPTH = {torch.float32: 32, torch.bfloat16: 64}  # numbers that a block of the result sums at once: 128 bytes
+Operation: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 _TRUSTED = 0.02  # of the largest number: what rounding to bfloat16 may change
 
 
@@ -56,7 +57,8 @@ def _why_not(device: torch.device) -> str | None:
 
 def _trial(device: torch.device) -> float:
     """How far the kernels are from torch's own convolutions, as a share of the largest number."""
-    geometry, worst = Geometry((8, 8), (4, 4), (2, 2), (1, 1)), 0.0
+    geometry = Geometry((8, 8), (4, 4), (2, 2), (1, 1))
+    errors: list[Tensor] = []
     rng = torch.Generator().manual_seed(0)
     for dtype in _DEPTH:
         x, kernels, towards = (
@@ -75,8 +77,8 @@ def _trial(device: torch.device) -> float:
             theirs.append([each.detach().permute(0, 2, 3, 1) for each in its])
         for got, wanted, models_at in zip(mine, zip(*theirs, strict=True), (3, 3, 0), strict=True):
             expected = torch.stack(wanted, models_at)
-            worst = max(worst, float((got.double().cpu() - expected).abs().max() / expected.abs().max()))
-    return worst
+            errors.append((got.double().cpu() - expected).abs().max() / expected.abs().max())
+    return float(torch.stack(errors).max())  # which is no number where one of them is none
 
 
 @functools.cache
@@ -95,46 +97,6 @@ def suits(x: Tensor, models: int, channels: Sequence[int], geometry: Geometry) -
     countable = math.prod(geometry.size) * models * max(channels) < 2**31  # places within an image
     here = x.device.type == "cuda" or _is_interpreted()
     return here and even and countable and x.dtype in _DEPTH and geometry.places != (1, 1)
-
-
-class _Convolution(torch.autograd.Function):
-    """The convolution of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(x, kernels)
-        ctx.geometry = _numbers(geometry)
-        return convolve(x, kernels, ctx.geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, kernels = ctx.saved_tensors
-        to_x = spread(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
-        to_kernels = correlate(x, gradients[0], ctx.geometry) if is_wanted(ctx, 1) else None
-        return to_x, to_kernels, None
-
-
-class _Transposed(torch.autograd.Function):
-    """The transposed convolution of all models: `(n, p, q, m, o)` and `(m, o, r, s, c)` → `(n, h, w, m, c)`."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(y, kernels)
-        ctx.geometry = _numbers(geometry)
-        return spread(y, kernels, ctx.geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        y, kernels = ctx.saved_tensors
-        to_y = convolve(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
-        to_kernels = correlate(gradients[0], y, ctx.geometry) if is_wanted(ctx, 1) else None
-        return to_y, to_kernels, None
-
-
-conv2d = _Convolution.apply  # (maps, kernels, geometry)
-conv_transpose2d = _Transposed.apply  # likewise
 
 
 def _numbers(geometry: Geometry) -> list[int]:
@@ -208,6 +170,33 @@ def correlate(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
 @correlate.register_fake
 def _correlated(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
     return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4])
+
+
+def _function(forward: Operation, backward: Operation, of_kernels: Operation) -> Callable[[Tensor, Tensor, Geometry], Tensor]:
+    """A function of maps and kernels with gradients: `backward` is `forward` transposed, `of_kernels` of (maps, gradient)."""
+
+    class OfAll(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+            ctx.save_for_backward(maps, kernels)
+            ctx.geometry = _numbers(geometry)
+            return forward(maps, kernels, ctx.geometry)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+            maps, kernels = ctx.saved_tensors
+            to_maps = backward(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
+            to_kernels = of_kernels(maps, gradients[0], ctx.geometry) if is_wanted(ctx, 1) else None
+            return to_maps, to_kernels, None
+
+    return OfAll.apply
+
+
+#: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`.
+conv2d = _function(convolve, spread, lambda maps, gradient, geometry: correlate(maps, gradient, geometry))
+#: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`.
+conv_transpose2d = _function(spread, convolve, lambda maps, gradient, geometry: correlate(gradient, maps, geometry))
 
 
 def _side(numbers: int) -> int:

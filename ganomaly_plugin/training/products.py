@@ -5,7 +5,7 @@ Maps lie pixel by pixel, `(n, h, w, m, c)` for m models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,34 +116,25 @@ def _image(patches: Tensor, geometry: Geometry) -> Tensor:
     return image.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-class _Patches(torch.autograd.Function):
-    """`_patches`; the gradient of a linear map is the map transposed, which needs nothing saved."""
+def _linear(
+    forward: Callable[[Tensor, Geometry], Tensor], transposed: Callable[[Tensor, Geometry], Tensor]
+) -> Callable[[Tensor, Geometry], Tensor]:
+    """`forward`, a linear map, with gradients: by its transpose, which needs nothing saved."""
 
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor, geometry: Geometry) -> Tensor:
-        ctx.geometry = geometry
-        return _patches(pixels, geometry)
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor, geometry: Geometry) -> Tensor:
+            ctx.geometry = geometry
+            return forward(values, geometry)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _image(gradients[0], ctx.geometry), None
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+            return transposed(gradients[0], ctx.geometry), None
 
-
-class _Image(torch.autograd.Function):
-    """`_image`, likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, patches: Tensor, geometry: Geometry) -> Tensor:
-        ctx.geometry = geometry
-        return _image(patches, geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _patches(gradients[0], ctx.geometry), None
+    return Linear.apply
 
 
 multiply = _Products.apply  # (rows, matrices)
-lay_out = _Patches.apply  # (pixels, geometry)
-put_together = _Image.apply  # (patches, geometry)
+lay_out = _linear(_patches, _image)
+put_together = _linear(_image, _patches)
