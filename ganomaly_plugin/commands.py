@@ -119,11 +119,12 @@ def run(options: Any) -> int:
     from ganomaly_plugin.detectors.base import resolve_device
 
     where.check_device(experiment.device)
-    device = resolve_device(experiment.device).type if where.on_this_machine else experiment.device.partition(":")[0]
+    here = resolve_device(experiment.device) if where.on_this_machine else None
+    device = experiment.device.partition(":")[0] if here is None else here.type
     trainer = options.trainer or "auto"
     stacking = Stacking(trainer, on_gpu=device == "cuda", most=options.stack, workers=where.at_once)
-    if stacking.how is not None and where.on_this_machine:
-        check_how(stacking.how, resolve_device(experiment.device))
+    if stacking.how is not None and here is not None:
+        check_how(stacking.how, here)
     check_loggers(options.logger or ())
     splits: dict[str, str] = {}
     jobs = expand(experiment, splits)

@@ -15,10 +15,10 @@ def distinctly_labelled(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     A label holds what differs from the defaults of the version that ran the job, and defaults change between versions.
     """
-    found, labels = list(records), None
-    while labels != (labels := [record.job.label for record in found]):  # a new label may be that of others
-        found = _told_apart(found)
-    return found
+    found = _told_apart(records)
+    if all(new.job.label == old.job.label for new, old in zip(found, records, strict=True)):
+        return found
+    return distinctly_labelled(found)  # a new label may be that of others
 
 
 def _told_apart(records: Sequence[RunRecord]) -> list[RunRecord]:

@@ -62,15 +62,16 @@ def image_interval(jobs: Sequence[Sequence[JobScores]], *, replicates: int = 200
         replicates: Bootstrap samples.
         seed: Of the draws.
     """
-    if not all(0 < job.is_anomaly.sum() < len(job.is_anomaly) for runs in jobs for job in runs):
+    every = [(k, job) for k, runs in enumerate(jobs) for job in runs]
+    if not all(0 < job.is_anomaly.sum() < len(job.is_anomaly) for _, job in every):
         raise InvalidInput("AUROC needs normal and anomalous images, and one kind is missing.")
-    found: list[list[list[np.ndarray]]] = [[[] for _ in runs] for runs in jobs]  # class, seed: parts of the replicates
-    for number, source in enumerate(sorted({job.source for runs in jobs for job in runs})):
-        mine = [(k, run, job) for k, runs in enumerate(jobs) for run, job in enumerate(runs) if job.source == source]
+    aurocs = np.empty((len(every), replicates))
+    for number, source in enumerate(sorted({job.source for _, job in every})):
+        mine = [(at, k, job) for at, (k, job) in enumerate(every) if job.source == source]
         images = np.unique(np.concatenate([job.image for _, _, job in mine]))
         places = [np.searchsorted(images, job.image) for _, _, job in mine]
         anomalous = np.zeros((len(jobs), len(images)), dtype=bool)
-        for (k, _, job), place in zip(mine, places, strict=True):
+        for (_, k, job), place in zip(mine, places, strict=True):
             anomalous[k, place] |= job.is_anomaly
         stratum = np.unique(anomalous, axis=1, return_inverse=True)[1].ravel()
         rng = np.random.default_rng([seed, number])
@@ -80,9 +81,10 @@ def image_interval(jobs: Sequence[Sequence[JobScores]], *, replicates: int = 200
             for part in range(stratum.max() + 1):
                 members = np.flatnonzero(stratum == part)
                 weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), len(weights))
-            for (k, run, job), place in zip(mine, places, strict=True):
-                found[k][run].append(weighted_aurocs(job.is_anomaly, job.score, weights[:, place]))
-    means = np.mean([np.mean([np.concatenate(parts) for parts in runs], axis=0) for runs in found], axis=0)
+            for (at, _, job), place in zip(mine, places, strict=True):
+                aurocs[at, first : first + len(weights)] = weighted_aurocs(job.is_anomaly, job.score, weights[:, place])
+    class_of = np.array([k for k, _ in every])
+    means = np.mean([aurocs[class_of == k].mean(0) for k in range(len(jobs))], axis=0)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(means, [tail, 100 - tail])
     return Interval(float(low), float(high), "bootstrap over test images, stratified", sum(map(len, jobs)))
