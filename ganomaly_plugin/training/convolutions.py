@@ -45,7 +45,9 @@ class _Layers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.dtype is not None and func in _PRODUCTS:
+        if self.dtype is not None and func in self.forms and func in _PRODUCTS:  # which rounds its kernels itself
+            args = (args[0].to(self.dtype), *args[1:])
+        elif self.dtype is not None and func in _PRODUCTS:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(self.dtype), (args, kwargs))
         return self.forms.get(func, func)(*args, **kwargs)
 
@@ -128,7 +130,7 @@ def _conv2d_of_all(
     if implicit and implicit_products.suits(x, len(x), weight.shape[1:3], geometry):
         return _maps(_biased(implicit_products.conv2d(_pixels(x), _taps(weight), geometry), bias))
     patches = lay_out(_pixels(x), geometry)
-    y = multiply(patches, weight.permute(0, 3, 4, 2, 1).flatten(1, 3))
+    y = multiply(patches, weight.to(x.dtype).permute(0, 3, 4, 2, 1).flatten(1, 3))
     return _maps(_biased(y.view(x.shape[1], *geometry.places, *y.shape[1:]), bias))
 
 
@@ -145,7 +147,7 @@ def _conv_transpose2d_of_all(
     geometry = Geometry(transposed_size(x[0], kernel, stride, padding, more), kernel, stride, padding)
     if implicit and implicit_products.suits(x, len(x), weight.shape[1:3], geometry):
         return _maps(_biased(implicit_products.conv_transpose2d(_pixels(x), _taps(weight), geometry), bias))
-    patches = multiply(_pixels(x).flatten(0, 2), _taps(weight).flatten(2))
+    patches = multiply(_pixels(x).flatten(0, 2), _taps(weight.to(x.dtype)).flatten(2))
     return _maps(_biased(put_together(patches, geometry), bias))
 
 
@@ -165,7 +167,11 @@ def _maps(pixels: Tensor) -> Tensor:
 
 
 def _biased(pixels: Tensor, bias: Tensor | None) -> Tensor:
-    return pixels if bias is None else pixels + bias
+    return pixels if bias is None else pixels + bias.to(pixels.dtype)
+
+
+def _like(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 _of_all_conv2d = _mapped(_conv2d_of_all)
@@ -184,7 +190,7 @@ def _conv2d(
     implicit: bool,
 ) -> Tensor:
     if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return torch.conv2d(x, weight.to(x.dtype), _like(x, bias), stride, padding, dilation, groups)
     return _of_all_conv2d(x, weight, bias, pair(stride), pair(padding), implicit)
 
 
@@ -201,7 +207,8 @@ def _conv_transpose2d(
     implicit: bool,
 ) -> Tensor:
     if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
-        return torch.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        kernels, bias = weight.to(x.dtype), _like(x, bias)
+        return torch.conv_transpose2d(x, kernels, bias, stride, padding, output_padding, groups, dilation)
     return _of_all_conv_transpose2d(x, weight, bias, pair(stride), pair(padding), pair(output_padding), implicit)
 
 

@@ -19,12 +19,18 @@ from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.training.precision import precision
-from ganomaly_plugin.training.products import Geometry, is_wanted
+from ganomaly_plugin.training.products import Geometry, by_row, is_wanted
 
 _WIDTH = 16  # tensor cores take numbers of channels that are multiples of this
 _MOST = 128  # numbers along a side of a block of the result
 _DEPTH = {torch.float32: 32, torch.bfloat16: 64}  # numbers that a block of the result sums at once: 128 bytes
 Operation: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+#: How the factors of float32 products are rounded, by torch's precision of them and by kernel, in Triton's terms.
+_ROUNDINGS = {
+    "ieee": {"convolve": "ieee", "spread": "ieee", "correlate": "ieee"},
+    "tf32": {"convolve": "tf32", "spread": "bf16x3", "correlate": "bf16x3"},
+}
+_ENOUGH = 512  # blocks that keep a GPU busy: for fewer results than that, sums are cut into parts
 _TRUSTED = 0.02  # of the largest number: what rounding to bfloat16 may change
 
 
@@ -92,11 +98,17 @@ def _is_interpreted() -> bool:
 
 
 def suits(x: Tensor, models: int, channels: Sequence[int], geometry: Geometry) -> bool:
-    """Whether the kernels take a convolution of maps like `x` with these numbers of `channels` on its two sides."""
-    even = all(each % _WIDTH == 0 for each in channels)
+    """Whether the kernels take a convolution of maps like `x` with so many `channels` on the small side, and on the large."""
+    o, c = channels
     countable = math.prod(geometry.size) * models * max(channels) < 2**31  # places within an image
     here = x.device.type == "cuda" or _is_interpreted()
+    even = o % _WIDTH == 0 and _at_once(c, math.prod(geometry.kernel)) % _WIDTH == 0
     return here and even and countable and x.dtype in _DEPTH and geometry.places != (1, 1)
+
+
+def _at_once(channels: int, taps: int) -> int:
+    """Numbers that lie side by side in a kernel and of which a block may take any: a tap's, or all where taps are narrow."""
+    return channels if channels >= _WIDTH else channels * taps
 
 
 def _numbers(geometry: Geometry) -> list[int]:
@@ -121,9 +133,9 @@ def convolve(x: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
 
     y = _convolved(x, kernels, geometry)
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
-    block = _side(rows), _side(o), _dividing(c, _DEPTH[x.dtype])
+    block = _side(rows), _side(o), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
-    _launch(implicit_kernels.convolve, (tiles, models), (x, kernels, y), rows, (c, o), geometry, block)
+    _multiply(implicit_kernels.convolve, (tiles, models), (x, kernels, y), rows, (c, o), geometry, block)
     return y
 
 
@@ -145,7 +157,7 @@ def spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
     models, c, o = x.shape[3], x.shape[4], y.shape[4]
     block = _side(rows), _side(c), _dividing(o, _DEPTH[y.dtype])
     tiles = -(-rows // block[0]) * -(-c // block[1])
-    _launch(implicit_kernels.spread, (tiles, models, down * across), (y, kernels, x), len(x), (c, o), geometry, block)
+    _multiply(implicit_kernels.spread, (tiles, models, down * across), (y, kernels, x), len(x), (c, o), geometry, block)
     return x
 
 
@@ -156,31 +168,62 @@ def _spread_out(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("ganomaly_plugin::correlate", mutates_args=(), schema="(Tensor x, Tensor y, int[] geometry) -> Tensor")
 def correlate(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
-    """`(n, h, w, m, c)` and `(n, p, q, m, o)` → `(m, o, r, s, c)`, the gradient with respect to kernels."""
+    """`(n, h, w, m, c)` and `(n, p, q, m, o)` → `(m, o, r, s, c)`, the gradient with respect to kernels, as float32."""
     from ganomaly_plugin.training import implicit_kernels
 
-    kernels = _correlated(x, y, geometry)
-    models, o, r, s, c = kernels.shape
-    block = _side(o), _dividing(c, _MOST), _DEPTH[x.dtype]
+    models, o, r, s, c = _correlated(x, y, geometry).shape
+    rows = y.shape[:3].numel()
+    block = _side(o), _dividing(_at_once(c, r * s), _MOST), _DEPTH[x.dtype]
     tiles = -(-o // block[0]) * (r * s * c // block[1])
-    _launch(implicit_kernels.correlate, (tiles, models), (x, y, kernels), y.shape[:3].numel(), (c, o), geometry, block)
-    return kernels
+    parts = max(1, min(_ENOUGH // (tiles * models), rows // (8 * block[2])))
+    sums = x.new_empty(parts, models, o, r, s, c, dtype=torch.float32)
+    _multiply(implicit_kernels.correlate, (tiles, models, parts), (x, y, sums), rows, (c, o), geometry, block)
+    return sums[0] if parts == 1 else sums.sum(0)
 
 
 @correlate.register_fake
 def _correlated(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
-    return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4])
+    return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4], dtype=torch.float32)
+
+
+@torch.library.custom_op("ganomaly_plugin::fold", mutates_args=(), schema="(Tensor patches, int[] geometry) -> Tensor")
+def fold(patches: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`(n·p·q, m, r·s·c)` → `(n, h, w, m, c)`, the sum of patches where they overlap."""
+    from ganomaly_plugin.training import implicit_kernels
+
+    x, block = _folded(patches, geometry), 1024
+    grid, counts = (-(-x.numel() // block),), (x.numel(), x.shape[3])
+    _launch(implicit_kernels.fold, grid, (patches, x), counts, geometry, x.shape[4:], (block,), 4)
+    return x
+
+
+@fold.register_fake
+def _folded(patches: Tensor, geometry: Sequence[int]) -> Tensor:
+    its = _geometry(geometry)
+    n, c = len(patches) // math.prod(its.places), patches.shape[2] // math.prod(its.kernel)
+    return patches.new_empty(n, *its.size, patches.shape[1], c)
+
+
+def _spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
+    if kernels.shape[4] >= _WIDTH:
+        return spread(y, kernels, geometry)
+    return fold(by_row(y.flatten(0, 2), kernels.flatten(2)), geometry)
 
 
 def _function(forward: Operation, backward: Operation, of_kernels: Operation) -> Callable[[Tensor, Tensor, Geometry], Tensor]:
-    """A function of maps and kernels with gradients: `backward` is `forward` transposed, `of_kernels` of (maps, gradient)."""
+    """A function of maps and float32 kernels, which are rounded to the type of the maps, with gradients.
+
+    `backward` is `forward` transposed, `of_kernels` the gradient with respect to kernels of (maps, gradient).
+    """
 
     class OfAll(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-            ctx.save_for_backward(maps, kernels)
+            rounded = kernels.to(maps.dtype)
+            ctx.save_for_backward(maps, rounded)
             ctx.geometry = _numbers(geometry)
-            return forward(maps, kernels, ctx.geometry)
+            return forward(maps, rounded, ctx.geometry)
 
         @staticmethod
         @once_differentiable
@@ -194,9 +237,9 @@ def _function(forward: Operation, backward: Operation, of_kernels: Operation) ->
 
 
 #: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`.
-conv2d = _function(convolve, spread, lambda maps, gradient, geometry: correlate(maps, gradient, geometry))
+conv2d = _function(convolve, _spread, lambda maps, gradient, geometry: correlate(maps, gradient, geometry))
 #: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`.
-conv_transpose2d = _function(spread, convolve, lambda maps, gradient, geometry: correlate(gradient, maps, geometry))
+conv_transpose2d = _function(_spread, convolve, lambda maps, gradient, geometry: correlate(gradient, maps, geometry))
 
 
 def _side(numbers: int) -> int:
@@ -212,28 +255,42 @@ def _dividing(numbers: int, most: int) -> int:
 def _launch(
     kernel: Any,
     grid: tuple[int, ...],
+    tensors: Sequence[Tensor],  # those that are read and one that is written
+    counts: tuple[int, int],  # of rows, images or numbers, and of models
+    geometry: Sequence[int],
+    channels: Sequence[int],
+    block: Sequence[Any],
+    warps: int,
+) -> None:
+    *given, made = tensors
+    on = torch.cuda.device_of(made) if made.is_cuda else contextlib.nullcontext()
+    with on:
+        kernel[grid](
+            *(tensor.contiguous() for tensor in given),
+            made,
+            *counts,
+            *geometry[:2],
+            *_geometry(geometry).places,
+            *channels,
+            *geometry[2:],
+            *block,
+            num_warps=warps,
+            num_stages=3,
+            enable_fp_fusion=True,
+        )
+
+
+def _multiply(
+    kernel: Any,
+    grid: tuple[int, ...],
     tensors: Sequence[Tensor],  # two that are read and one that is written
     count: int,  # of rows or images
     channels: tuple[int, int],
     geometry: Sequence[int],
     block: tuple[int, int, int],
 ) -> None:
-    *given, made = tensors
-    exact = made.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    on = torch.cuda.device_of(made) if made.is_cuda else contextlib.nullcontext()
-    with on:
-        kernel[grid](
-            *(tensor.contiguous() for tensor in given),
-            made,
-            count,
-            grid[1],
-            *geometry[:2],
-            *_geometry(geometry).places,
-            *channels,
-            *geometry[2:],
-            *block,
-            "ieee" if exact else "tf32",
-            num_warps=8 if block[0] * block[1] > 64 * 64 else 4,
-            num_stages=3,
-            enable_fp_fusion=True,
-        )
+    dtype = tensors[0].dtype
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not _is_interpreted()  # which knows no parts of bfloat16
+    warps = 8 if dtype == torch.float32 and block[0] * block[1] > 64 * 64 else 4
+    rounding = _ROUNDINGS["tf32" if is_tf32 else "ieee"][kernel.__name__]
+    _launch(kernel, grid, tensors, (count, grid[1]), geometry, channels, (*block, rounding), warps)

@@ -2,8 +2,11 @@
 
 All maps lie as `(n, h, w, m, c)` and all kernels as `(m, o, r, s, c)`: m models, c channels on the side of the larger map
 (h × w), o on that of the smaller one (p × q), r × s taps. Row (n, p, q) and tap (r, s) meet at the pixel
-(stride·p - padding + r, stride·q - padding + s); what lies outside is zero. Sums are in float32. Block sizes are powers of two;
-that along the summed channels divides them, so that a block is of one tap.
+(stride·p - padding + r, stride·q - padding + s); what lies outside is zero. Sums are in float32. Block sizes are powers of two.
+Where one divides the channels c, a block is of one tap; of few channels, as images have, a block is of several taps.
+
+Tensor cores want TF32 numbers that they sum side by side in memory, those of bfloat16 as they come. Where factors lie the other
+way round, three products of bfloat16 parts are faster than one of TF32 numbers that are turned, and round less.
 """
 
 from __future__ import annotations
@@ -49,10 +52,16 @@ def convolve(
     pixel = models * C
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, R * S * C, SUMMED):
-        tap = start // C
-        h, w = down + tap // S, right + tap % S
-        inside = (row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        a = tl.load(images + ((h * W + w) * pixel + start - tap * C)[:, None], mask=inside[:, None], other=0.0)
+        if C % SUMMED == 0:
+            tap = start // C
+            h, w = down + tap // S, right + tap % S
+            inside = (row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            a = tl.load(images + ((h * W + w) * pixel + start - tap * C)[:, None], mask=inside[:, None], other=0.0)
+        else:
+            tap = ((start + k) // C)[None, :]
+            h, w = down[:, None] + tap // S, right[:, None] + tap % S
+            inside = (row < rows)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            a = tl.load(images + (h * W + w) * pixel + start - tap * C, mask=inside, other=0.0)
         b = tl.load(taps + start, mask=column[None, :] < O, other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
@@ -124,7 +133,7 @@ def spread(
 def correlate(
     x,  # (n, h, w, m, c)
     y,  # (n, p, q, m, o)
-    kernels,  # (m, o, r, s, c)
+    kernels,  # (parts, m, o, r, s, c)
     rows,  # n·p·q
     models,
     H: tl.constexpr,
@@ -144,25 +153,71 @@ def correlate(
     SUMMED: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Rows of channels of `y` by columns of channels of `x` at one tap, summed over the pixels of `y`."""
+    """Rows of channels of `y` by columns of taps and channels of `x`; each part sums over its share of the pixels of `y`."""
     model = tl.program_id(1).to(tl.int64)
+    part, parts = tl.program_id(2), tl.num_programs(2)
     across: tl.constexpr = R * S * C // COLUMNS
     o = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
     start = (tl.program_id(0) % across) * COLUMNS
-    tap = start // C
-    down, right = tap // S - PADDING_H, tap % S - PADDING_W
     column = tl.arange(0, COLUMNS)
+    tap = start // C if C % COLUMNS == 0 else (start + column) // C  # of all columns, or of each
+    down, right = tap // S - PADDING_H, tap % S - PADDING_W
     k = tl.arange(0, SUMMED)
-    from_x = x + model * C + (start - tap * C) + column[None, :]
-    from_y = y + model * O + o[:, None]
+    from_x = x + model * C + (start + column - tap * C)[None, :]
+    from_y = y + model * O + o[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, rows, SUMMED):
+    for first in range(part * SUMMED, rows, parts * SUMMED):
         row = first + k
         n = (row // (P * Q)).to(tl.int64)
-        h, w = (row // Q % P) * STRIDE_H + down, (row % Q) * STRIDE_W + right
-        inside = (row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        a = tl.load(from_y + row.to(tl.int64)[None, :] * models * O, mask=(row < rows)[None, :] & (o < O)[:, None], other=0.0)
-        b = tl.load(from_x + ((n * H + h) * W + w)[:, None] * models * C, mask=inside[:, None], other=0.0)
-        sums = tl.dot(a, b, sums, input_precision=ROUNDING)
-    to = kernels + (model * O + o)[:, None] * (R * S * C) + start + column[None, :]
-    tl.store(to, sums.to(kernels.dtype.element_ty), mask=(o < O)[:, None])
+        h, w = (row // Q % P) * STRIDE_H, (row % Q) * STRIDE_W
+        if C % COLUMNS == 0:
+            h, w = h + down, w + right
+            inside = ((row < rows) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            from_pixel = ((n * H + h) * W + w)[:, None] * models * C
+        else:
+            h, w = h[:, None] + down[None, :], w[:, None] + right[None, :]
+            inside = (row < rows)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            from_pixel = ((n[:, None] * H + h) * W + w) * models * C
+        is_y = (row < rows)[:, None] & (o < O)[None, :]
+        from_row = row.to(tl.int64)[:, None] * models * O
+        a = tl.load(from_y + from_row, mask=is_y, other=0.0)
+        b = tl.load(from_x + from_pixel, mask=inside, other=0.0)
+        sums = tl.dot(tl.trans(a), b, sums, input_precision=ROUNDING)
+    to = kernels + ((part * models + model) * O + o)[:, None] * (R * S * C) + start + column[None, :]
+    tl.store(to, sums, mask=(o < O)[:, None])
+
+
+@triton.jit
+def fold(
+    patches,  # (n, p, q, m, r, s, c)
+    x,  # (n, h, w, m, c)
+    numbers,  # n·h·w·m·c
+    models,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of patches where they overlap."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inner, pixel = at % (models * C), at // (models * C)
+    h, w, n = pixel // W % H, pixel % W, pixel // (H * W)
+    model, c = inner // C, inner % C
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range((R + STRIDE_H - 1) // STRIDE_H):
+        for j in tl.static_range((S + STRIDE_W - 1) // STRIDE_W):
+            r, s = (h + PADDING_H) % STRIDE_H + i * STRIDE_H, (w + PADDING_W) % STRIDE_W + j * STRIDE_W
+            p, q = (h + PADDING_H - r) // STRIDE_H, (w + PADDING_W - s) // STRIDE_W
+            inside = (at < numbers) & (r < R) & (s < S)
+            inside &= (h + PADDING_H >= r) & (p < P) & (w + PADDING_W >= s) & (q < Q)
+            place = (((n * P + p) * Q + q) * models + model) * (R * S * C) + (r * S + s) * C + c
+            sums += tl.load(patches + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, sums.to(x.dtype.element_ty), mask=at < numbers)
