@@ -108,8 +108,11 @@ def test_stacked_models_are_those_of_the_plain_trainer():
         # a wide layer and one of an image in each encoder, decoder and D: forward, towards the maps, towards the kernels
         forward, of_maps = Counter(convolve=8, spread=1, fold=1), Counter(convolve=2, spread=5, fold=2)
         of_kernels = Counter(correlate=10)
-        assert operations.ours() == forward + of_maps + of_kernels
-        assert not {"aten::convolution", "aten::contiguous"} & set(operations.names)
+        # one BatchNorm in each encoder and D, two in the decoder; D twice, of real images and of others
+        normalised = Counter(normalise=6, normalise_backward=7)
+        assert operations.ours() == forward + of_maps + of_kernels + normalised
+        others = {"aten::convolution", "aten::contiguous", "aten::native_batch_norm", "aten::relu"}
+        assert not others & set(operations.names)
         for model, trainer in enumerate(plain):
             for name, value in trainer.step(batch[model]).items():
                 assert float(together[name][model]) == pytest.approx(float(value), rel=1e-5)

@@ -2,9 +2,9 @@
 
 "grouped" makes one convolution of those of all models, with a group for each. "matmul" lays the images out in patches and
 multiplies matrices in a batch, a model each, which tensor cores take; it needs memory for the patches. "implicit" does the same
-without laying them out. Any way the maps of all models lie side by side as channels of one image, `(n, m·c, h, w)`, so that
-BatchNorm is one BatchNorm of more channels. They lie in channels-last order, pixel by pixel, and so do the kernels: then no
-product needs a copy of its factors.
+without laying them out, and takes BatchNorm in training and the activation after it as one layer. Any way the maps of all
+models lie side by side as channels of one image, `(n, m·c, h, w)`, so that BatchNorm is one BatchNorm of more channels. They
+lie in channels-last order, pixel by pixel, and so do the kernels: then no product needs a copy of its factors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from ganomaly_plugin.recipe import Precision
 from ganomaly_plugin.training import implicit as implicit_products
 from ganomaly_plugin.training.cpu_convolutions import is_usual, pair, transposed_size
+from ganomaly_plugin.training.normalise import activated, batch_norm_activated, normalise_all, suits
 from ganomaly_plugin.training.products import Geometry, lay_out, multiply, put_together
 
 Convolutions = Literal["grouped", "matmul", "implicit"]
@@ -112,6 +113,39 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     return _of_all_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _batch_norm_activated_of_all(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float,
+) -> Tensor:
+    if training and suits(x, mean, variance, weight, bias):
+        return _maps(normalise_all(_pixels(x), weight, bias, mean, variance, momentum, eps, slope))
+    return activated(_batch_norm_of_all(x, mean, variance, weight, bias, training, momentum, eps), slope)
+
+
+_of_all_batch_norm_activated = _mapped(_batch_norm_activated_of_all)
+
+
+def _batch_norm_activated(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    slope: float = 1.0,
+) -> Tensor:
+    return _of_all_batch_norm_activated(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -225,6 +259,9 @@ _FORMS: Mapping[Convolutions, Mapping[Any, Callable[..., Tensor]]] = {
             **_ANY_WAY,
             torch.conv2d: functools.partial(_conv2d, implicit=how == "implicit"),
             torch.conv_transpose2d: functools.partial(_conv_transpose2d, implicit=how == "implicit"),
+            **(
+                dict.fromkeys((functional.batch_norm, batch_norm_activated), _batch_norm_activated) if how == "implicit" else {}
+            ),
         }
         for how in ("matmul", "implicit")
     },

@@ -23,6 +23,7 @@ from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput, Tensors
 from ganomaly_plugin.training.captured import Record, Replayed
 from ganomaly_plugin.training.convolutions import Convolutions, in_order, layers_of_all
+from ganomaly_plugin.training.normalise import joined
 from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
 from ganomaly_plugin.training.precision import networks_in, precision
 from ganomaly_plugin.training.redraw import Spares
@@ -88,6 +89,7 @@ class StackedTrainer:
         trained = {name for phase in self.phases for name in phase.trains}
         for name, network in self._template.networks.items():
             network.train(name in trained)
+        self._called = joined(self._template) if convolutions == "implicit" else self._template
         wrapped = [_Networks(networks) for networks in models]
         self.weights = {
             name: self._weight(torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
@@ -213,7 +215,7 @@ class StackedTrainer:
     def _mapped(self, phase: Phase) -> Any:
         def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
             step = StepInput(images, draws, earlier)
-            return functional_call(self._template, (weights, buffers), (phase, step, self.recipe.precision), strict=True)
+            return functional_call(self._called, (weights, buffers), (phase, step, self.recipe.precision), strict=True)
 
         def all_(*arguments: Any) -> Any:
             mapped = len(self) > 1 or self.convolutions != "grouped"  # mapping a single model would only cost
