@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,20 +18,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
+from ganomaly_plugin.recipe import Precision
+from ganomaly_plugin.training.halves import Halved, halve
 from ganomaly_plugin.training.precision import precision
-from ganomaly_plugin.training.products import Geometry, by_row, is_wanted
+from ganomaly_plugin.training.products import Geometry, is_wanted
 
 _WIDTH = 16  # tensor cores take numbers of channels that are multiples of this
 _MOST = 128  # numbers along a side of a block of the result
-_DEPTH = {torch.float32: 32, torch.bfloat16: 64}  # numbers that a block of the result sums at once: 128 bytes
-Operation: TypeAlias = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
-#: How the factors of float32 products are rounded, by torch's precision of them and by kernel, in Triton's terms.
-_ROUNDINGS = {
-    "ieee": {"convolve": "ieee", "spread": "ieee", "correlate": "ieee"},
-    "tf32": {"convolve": "tf32", "spread": "bf16x3", "correlate": "bf16x3"},
-}
+_DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # numbers that a block sums at once: 128 bytes
+_MAPS = (torch.float32, torch.bfloat16)  # what maps may be
+Operation: TypeAlias = Callable[[Halved, Halved, Sequence[int]], Tensor]
 _ENOUGH = 512  # blocks that keep a GPU busy: for fewer results than that, sums are cut into parts
-_TRUSTED = 0.02  # of the largest number: what rounding to bfloat16 may change
+#: What rounding may change, as a share of the largest number.
+_MAY_CHANGE: Mapping[Precision, float] = {"float32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}
 
 
 def why_not_implicit(device: torch.device) -> str | None:
@@ -58,35 +57,36 @@ def _why_not(device: torch.device) -> str | None:
         raise
     except Exception as refused:
         return f"Triton refuses: {one_line(refused)}"
-    return None if error < _TRUSTED else f"its kernels are wrong by {error:.1%} of what is right on this {device.type}"
+    return None if error < 1 else f"its kernels are wrong by {error:.1f} times what rounding may change on this {device.type}"
 
 
 def _trial(device: torch.device) -> float:
-    """How far the kernels are from torch's own layers, as a share of the largest number."""
+    """How far the kernels are from torch's own layers, as a multiple of what rounding may change."""
     from ganomaly_plugin.training import normalise  # which imports this module
 
     geometry = Geometry((8, 8), (4, 4), (2, 2), (1, 1))
-    errors: list[Tensor] = []
     rng = torch.Generator().manual_seed(0)
-    for dtype in _DEPTH:
-        x, kernels, towards = (
-            torch.randn(*shape, generator=rng).to(device, dtype)
-            for shape in ((8, 8, 8, 2, 128), (2, 128, 4, 4, 128), (8, 4, 4, 2, 128))
-        )
-        numbers = _numbers(geometry)
-        with precision("tf32"):
-            mine = [convolve(x, kernels, numbers), spread(towards, kernels, numbers), correlate(x, towards, numbers)]
-        theirs: list[list[Tensor]] = []
-        for k in range(2):
-            image, kernel, weights = (each.double().cpu() for each in (x[:, :, :, k], kernels[k], towards[:, :, :, k]))
-            image, kernel, weights = (each.permute(0, 3, 1, 2).requires_grad_() for each in (image, kernel, weights))
-            y = torch.conv2d(image, kernel, stride=2, padding=1)
-            its = [y, *torch.autograd.grad((y * weights).sum(), (image, kernel))]
-            theirs.append([each.detach().permute(0, 2, 3, 1) for each in its])
-        for got, wanted, models_at in zip(mine, zip(*theirs, strict=True), (3, 3, 0), strict=True):
-            expected = torch.stack(wanted, models_at)
-            errors.append((got.double().cpu() - expected).abs().max() / expected.abs().max())
-        errors.append(normalise.error(device, dtype))
+    x, kernels, towards = (
+        torch.randn(*shape, generator=rng) for shape in ((8, 8, 8, 2, 128), (2, 128, 4, 4, 128), (8, 4, 4, 2, 128))
+    )
+    theirs: list[list[Tensor]] = []
+    for k in range(2):
+        image, kernel, weights = (each.double() for each in (x[:, :, :, k], kernels[k], towards[:, :, :, k]))
+        image, kernel, weights = (each.permute(0, 3, 1, 2).requires_grad_() for each in (image, kernel, weights))
+        y = torch.conv2d(image, kernel, stride=2, padding=1)
+        its = [y, *torch.autograd.grad((y * weights).sum(), (image, kernel))]
+        theirs.append([each.detach().permute(0, 2, 3, 1) for each in its])
+    wanted = [torch.stack(each, models_at) for each, models_at in zip(zip(*theirs, strict=True), (3, 3, 0), strict=True)]
+    errors: list[Tensor] = []
+    for name, may in _MAY_CHANGE.items():
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        with precision(name):
+            given = x.to(device, dtype).requires_grad_(), kernels.to(device).requires_grad_()
+            maps, taps = (each.view_as(each) for each in given)  # no leaves, of which nobody can say who wants them
+            y = conv2d(maps, taps, geometry)
+            mine = [y.detach(), *torch.autograd.grad(y, given, towards.to(device, dtype))]
+        errors += [(got.double().cpu() - it).abs().max() / it.abs().max() / may for got, it in zip(mine, wanted, strict=True)]
+        errors.append(normalise.error(device, dtype) / may)
     return float(torch.stack(errors).max())  # which is no number where one of them is none
 
 
@@ -106,7 +106,7 @@ def suits(x: Tensor, models: int, channels: Sequence[int], geometry: Geometry) -
     countable = math.prod(geometry.size) * models * max(channels) < 2**31  # places within an image
     here = x.device.type == "cuda" or _is_interpreted()
     even = o % _WIDTH == 0 and _at_once(c, math.prod(geometry.kernel)) % _WIDTH == 0
-    return here and even and countable and x.dtype in _DEPTH and geometry.places != (1, 1)
+    return here and even and countable and x.dtype in _MAPS and geometry.places != (1, 1)
 
 
 def _at_once(channels: int, taps: int) -> int:
@@ -127,30 +127,50 @@ def _geometry(numbers: Sequence[int]) -> Geometry:
 # They are operations of torch so that whoever watches operations, or fakes tensors, sees them.
 
 
+_FACTORS = "int[] geometry, Tensor? largest_one=None, Tensor? largest_other=None"
+
+
 @torch.library.custom_op(
-    "ganomaly_plugin::convolve", mutates_args=(), schema="(Tensor x, Tensor kernels, int[] geometry) -> Tensor"
+    "ganomaly_plugin::convolve", mutates_args=(), schema=f"(Tensor x, Tensor kernels, {_FACTORS}) -> Tensor"
 )
-def convolve(x: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+def convolve(
+    x: Tensor,
+    kernels: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
     """`(n, h, w, m, c)` → `(n, p, q, m, o)`."""
     from ganomaly_plugin.training import implicit_kernels
 
     y = _convolved(x, kernels, geometry)
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
-    block = _side(rows), _side(o), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
+    block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
-    _multiply(implicit_kernels.convolve, (tiles, models), (x, kernels, y), rows, (c, o), geometry, block)
+    factors = x, kernels, largest_one, largest_other
+    _multiply(implicit_kernels.convolve, (tiles, models), factors, y, rows, (c, o), geometry, block)
     return y
 
 
 @convolve.register_fake
-def _convolved(x: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
-    return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2])
+def _convolved(
+    x: Tensor,
+    kernels: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2], dtype=_of_products(x))
 
 
-@torch.library.custom_op(
-    "ganomaly_plugin::spread", mutates_args=(), schema="(Tensor y, Tensor kernels, int[] geometry) -> Tensor"
-)
-def spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
+@torch.library.custom_op("ganomaly_plugin::spread", mutates_args=(), schema=f"(Tensor y, Tensor kernels, {_FACTORS}) -> Tensor")
+def spread(
+    y: Tensor,
+    kernels: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
     """`(n, p, q, m, o)` → `(n, h, w, m, c)`, which is `convolve` transposed."""
     from ganomaly_plugin.training import implicit_kernels
 
@@ -158,40 +178,64 @@ def spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
     (height, width), (down, across) = _geometry(geometry).size, _geometry(geometry).stride
     rows = len(x) * -(-height // down) * -(-width // across)  # pixels that meet the same taps, at most
     models, c, o = x.shape[3], x.shape[4], y.shape[4]
-    block = _side(rows), _side(c), _dividing(o, _DEPTH[y.dtype])
-    tiles = -(-rows // block[0]) * -(-c // block[1])
-    _multiply(implicit_kernels.spread, (tiles, models, down * across), (y, kernels, x), len(x), (c, o), geometry, block)
+    block = _side(rows), _side(c, _across(y)), _dividing(o, _DEPTH[y.dtype])
+    grid = -(-rows // block[0]) * -(-c // block[1]), models, down * across
+    factors = y, kernels, largest_one, largest_other
+    _multiply(implicit_kernels.spread, grid, factors, x, len(x), (c, o), geometry, block)
     return x
 
 
 @spread.register_fake
-def _spread_out(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
-    return y.new_empty(len(y), *_geometry(geometry).size, len(kernels), kernels.shape[4])
+def _spread_out(
+    y: Tensor,
+    kernels: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
+    return y.new_empty(len(y), *_geometry(geometry).size, len(kernels), kernels.shape[4], dtype=_of_products(y))
 
 
-@torch.library.custom_op("ganomaly_plugin::correlate", mutates_args=(), schema="(Tensor x, Tensor y, int[] geometry) -> Tensor")
-def correlate(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
+@torch.library.custom_op("ganomaly_plugin::correlate", mutates_args=(), schema=f"(Tensor x, Tensor y, {_FACTORS}) -> Tensor")
+def correlate(
+    x: Tensor,
+    y: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
     """`(n, h, w, m, c)` and `(n, p, q, m, o)` → `(m, o, r, s, c)`, the gradient with respect to kernels, as float32."""
     from ganomaly_plugin.training import implicit_kernels
 
     models, o, r, s, c = _correlated(x, y, geometry).shape
     rows = y.shape[:3].numel()
-    block = _side(o), _dividing(_at_once(c, r * s), _MOST), _DEPTH[x.dtype]
+    block = _side(o), _dividing(_at_once(c, r * s), _across(x)), _DEPTH[x.dtype]
     tiles = -(-o // block[0]) * (r * s * c // block[1])
     parts = max(1, min(_ENOUGH // (tiles * models), rows // (8 * block[2])))
     sums = x.new_empty(parts, models, o, r, s, c, dtype=torch.float32)
-    _multiply(implicit_kernels.correlate, (tiles, models, parts), (x, y, sums), rows, (c, o), geometry, block)
+    factors = x, y, largest_one, largest_other
+    _multiply(implicit_kernels.correlate, (tiles, models, parts), factors, sums, rows, (c, o), geometry, block)
     return sums[0] if parts == 1 else sums.sum(0)
 
 
 @correlate.register_fake
-def _correlated(x: Tensor, y: Tensor, geometry: Sequence[int]) -> Tensor:
+def _correlated(
+    x: Tensor,
+    y: Tensor,
+    geometry: Sequence[int],
+    largest_one: Tensor | None = None,
+    largest_other: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4], dtype=torch.float32)
+
+
+def _of_products(factors: Tensor) -> torch.dtype:
+    return torch.float32 if factors.dtype == torch.float16 else factors.dtype
 
 
 @torch.library.custom_op("ganomaly_plugin::fold", mutates_args=(), schema="(Tensor patches, int[] geometry) -> Tensor")
 def fold(patches: Tensor, geometry: Sequence[int]) -> Tensor:
-    """`(n·p·q, m, r·s·c)` → `(n, h, w, m, c)`, the sum of patches where they overlap."""
+    """`(n, p, q, m, r·s·c)` → `(n, h, w, m, c)`, the sum of patches where they overlap."""
     from ganomaly_plugin.training import implicit_kernels
 
     x, block = _folded(patches, geometry), 1024
@@ -202,19 +246,13 @@ def fold(patches: Tensor, geometry: Sequence[int]) -> Tensor:
 
 @fold.register_fake
 def _folded(patches: Tensor, geometry: Sequence[int]) -> Tensor:
-    its = _geometry(geometry)
-    n, c = len(patches) // math.prod(its.places), patches.shape[2] // math.prod(its.kernel)
-    return patches.new_empty(n, *its.size, patches.shape[1], c)
+    its, (models, numbers) = _geometry(geometry), patches.shape[3:]
+    return patches.new_empty(len(patches), *its.size, models, numbers // math.prod(its.kernel))
 
 
-def _spread(y: Tensor, kernels: Tensor, geometry: Sequence[int]) -> Tensor:
-    """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
-    if kernels.shape[4] >= _WIDTH:
-        return spread(y, kernels, geometry)
-    return fold(by_row(y.flatten(0, 2), kernels.flatten(2)), geometry)
-
-
-def _function(forward: Operation, backward: Operation, of_kernels: Operation) -> Callable[[Tensor, Tensor, Geometry], Tensor]:
+def _function(
+    forward: Operation, backward: Operation, of_kernels: Callable[[Halved, Halved, Sequence[int]], Tensor]
+) -> Callable[[Tensor, Tensor, Geometry], Tensor]:
     """A function of maps and float32 kernels, which are rounded to the type of the maps, with gradients.
 
     `backward` is `forward` transposed, `of_kernels` the gradient with respect to kernels of (maps, gradient).
@@ -223,31 +261,60 @@ def _function(forward: Operation, backward: Operation, of_kernels: Operation) ->
     class OfAll(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-            rounded = kernels.to(maps.dtype)
-            ctx.save_for_backward(maps, rounded)
+            ctx.halves = maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            factors = _factor(maps, ctx.halves), _factor(kernels.to(maps.dtype), ctx.halves, is_kernels=True)
+            ctx.save_for_backward(*factors[0], *factors[1])
             ctx.geometry = _numbers(geometry)
-            return forward(maps, rounded, ctx.geometry)
+            return forward(*factors, ctx.geometry)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-            maps, kernels = ctx.saved_tensors
-            to_maps = backward(gradients[0], kernels, ctx.geometry) if is_wanted(ctx, 0) else None
-            to_kernels = of_kernels(maps, gradients[0], ctx.geometry) if is_wanted(ctx, 1) else None
+            saved = ctx.saved_tensors
+            maps, kernels, gradient = Halved(*saved[:2]), Halved(*saved[2:]), _factor(gradients[0], ctx.halves)
+            to_maps = backward(gradient, kernels, ctx.geometry) if is_wanted(ctx, 0) else None
+            to_kernels = of_kernels(maps, gradient, ctx.geometry) if is_wanted(ctx, 1) else None
             return to_maps, to_kernels, None
 
     return OfAll.apply
 
 
+def _factor(values: Tensor, halves: bool, *, is_kernels: bool = False) -> Halved:
+    values = values.contiguous()
+    return Halved(*halve(values, is_kernels)) if halves else Halved(values, None)
+
+
+def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
+    return convolve(x.values, kernels.values, geometry, x.largest, kernels.largest)
+
+
+def _spread(y: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
+    """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
+    if kernels.values.shape[4] >= _WIDTH:
+        return spread(y.values, kernels.values, geometry, y.largest, kernels.largest)
+    by_pixel = _numbers(Geometry(_geometry(geometry).places, (1, 1), (1, 1), (0, 0)))
+    taps = kernels.values.flatten(2).transpose(1, 2).contiguous()[:, :, None, None]  # (m, r·s·c, 1, 1, o)
+    return fold(convolve(y.values, taps, by_pixel, y.largest, kernels.largest), geometry)
+
+
+def _correlate(x: Halved, y: Halved, geometry: Sequence[int]) -> Tensor:
+    return correlate(x.values, y.values, geometry, x.largest, y.largest)
+
+
 #: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`.
-conv2d = _function(convolve, _spread, lambda maps, gradient, geometry: correlate(maps, gradient, geometry))
+conv2d = _function(_convolve, _spread, _correlate)
 #: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`.
-conv_transpose2d = _function(_spread, convolve, lambda maps, gradient, geometry: correlate(gradient, maps, geometry))
+conv_transpose2d = _function(_spread, _convolve, lambda maps, gradient, geometry: _correlate(gradient, maps, geometry))
 
 
-def _side(numbers: int) -> int:
+def _side(numbers: int, most: int = _MOST) -> int:
     """How many of so many numbers a block of the result takes: a power of two, the last block may reach beyond."""
-    return min(_MOST, max(_WIDTH, 1 << (numbers - 1).bit_length()))
+    return min(most, max(_WIDTH, 1 << (numbers - 1).bit_length()))
+
+
+def _across(factors: Tensor) -> int:
+    """The most columns of a block."""
+    return _MOST // 2 if factors.dtype == torch.float32 else _MOST
 
 
 def _dividing(numbers: int, most: int) -> int:
@@ -286,14 +353,15 @@ def _launch(
 def _multiply(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Tensor],  # two that are read and one that is written
+    factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    made: Tensor,
     count: int,  # of rows or images
     channels: tuple[int, int],
     geometry: Sequence[int],
     block: tuple[int, int, int],
 ) -> None:
-    dtype = tensors[0].dtype
-    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not _is_interpreted()  # which knows no parts of bfloat16
-    warps = 8 if dtype == torch.float32 and block[0] * block[1] > 64 * 64 else 4
-    rounding = _ROUNDINGS["tf32" if is_tf32 else "ieee"][kernel.__name__]
-    _launch(kernel, grid, tensors, (count, grid[1]), geometry, channels, (*block, rounding), warps)
+    given = [made if factor is None else factor for factor in factors]
+    is_wide = factors[0].dtype == torch.float32
+    # Float32 as six products of its parts in bfloat16, on tensor cores: as exact as float32's own, in a quarter of the time.
+    rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
+    _launch(kernel, grid, (*given, made), (count, grid[1]), geometry, channels, (*block, rounding), 8 if is_wide else 4)

@@ -5,8 +5,8 @@ All maps lie as `(n, h, w, m, c)` and all kernels as `(m, o, r, s, c)`: m models
 (stride·p - padding + r, stride·q - padding + s); what lies outside is zero. Sums are in float32. Block sizes are powers of two.
 Where one divides the channels c, a block is of one tap; of few channels, as images have, a block is of several taps.
 
-Tensor cores want TF32 numbers that they sum side by side in memory, those of bfloat16 as they come. Where factors lie the other
-way round, three products of bfloat16 parts are faster than one of TF32 numbers that are turned, and round less.
+Factors of float16 are scaled, a power of two for each model, see `halves`: `largest_` names what it goes by, which is not read
+for other factors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ganomaly_plugin.training.halves_kernels import exponent, power
+
+
+@triton.jit
+def _unscaled(sums, factors, largest, largest_others, model):
+    if factors.dtype.element_ty == tl.float16:
+        sums = sums * power(-exponent(largest, model)) * power(-exponent(largest_others, model))
+    return sums
+
 
 @triton.jit
 def convolve(
     x,  # (n, h, w, m, c)
     kernels,  # (m, o, r, s, c)
+    largest_x,
+    largest_kernels,
     y,  # (n, p, q, m, o)
     rows,  # n·p·q
     models,
@@ -64,6 +75,7 @@ def convolve(
             a = tl.load(images + (h * W + w) * pixel + start - tap * C, mask=inside, other=0.0)
         b = tl.load(taps + start, mask=column[None, :] < O, other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    sums = _unscaled(sums, x, largest_x, largest_kernels, model)
     to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
     tl.store(to, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < O)[None, :])
 
@@ -72,6 +84,8 @@ def convolve(
 def spread(
     y,  # (n, p, q, m, o)
     kernels,  # (m, o, r, s, c)
+    largest_y,
+    largest_kernels,
     x,  # (n, h, w, m, c)
     images,  # n
     models,
@@ -124,6 +138,7 @@ def spread(
         a = tl.load(from_y + ((p * Q + q) * pixel + o)[:, None], mask=inside[:, None], other=0.0)
         b = tl.load(from_kernels + (o * (R * S) + r * S + s) * C, mask=column[None, :] < tl.where(is_tap, C, 0), other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    sums = _unscaled(sums, y, largest_y, largest_kernels, model)
     h, w = down * STRIDE_H + first_h, right * STRIDE_W + first_w
     to = x + (((n * H + h) * W + w) * models + model)[:, None] * C + column[None, :]
     tl.store(to, sums.to(x.dtype.element_ty), mask=is_row[:, None] & (column < C)[None, :])
@@ -133,6 +148,8 @@ def spread(
 def correlate(
     x,  # (n, h, w, m, c)
     y,  # (n, p, q, m, o)
+    largest_x,
+    largest_y,
     kernels,  # (parts, m, o, r, s, c)
     rows,  # n·p·q
     models,
@@ -164,7 +181,7 @@ def correlate(
     down, right = tap // S - PADDING_H, tap % S - PADDING_W
     k = tl.arange(0, SUMMED)
     from_x = x + model * C + (start + column - tap * C)[None, :]
-    from_y = y + model * O + o[None, :]
+    from_y = y + model * O + o[:, None]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(part * SUMMED, rows, parts * SUMMED):
         row = first + k
@@ -178,11 +195,11 @@ def correlate(
             h, w = h[:, None] + down[None, :], w[:, None] + right[None, :]
             inside = (row < rows)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             from_pixel = ((n[:, None] * H + h) * W + w) * models * C
-        is_y = (row < rows)[:, None] & (o < O)[None, :]
-        from_row = row.to(tl.int64)[:, None] * models * O
-        a = tl.load(from_y + from_row, mask=is_y, other=0.0)
+        is_y = (row < rows)[None, :] & (o < O)[:, None]
+        a = tl.load(from_y + row.to(tl.int64)[None, :] * models * O, mask=is_y, other=0.0)
         b = tl.load(from_x + from_pixel, mask=inside, other=0.0)
-        sums = tl.dot(tl.trans(a), b, sums, input_precision=ROUNDING)
+        sums = tl.dot(a, b, sums, input_precision=ROUNDING)
+    sums = _unscaled(sums, x, largest_x, largest_y, model)
     to = kernels + ((part * models + model) * O + o)[:, None] * (R * S * C) + start + column[None, :]
     tl.store(to, sums, mask=(o < O)[:, None])
 

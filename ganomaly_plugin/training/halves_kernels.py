@@ -1,0 +1,68 @@
+"""Triton kernels of `halves`: float32 numbers as float16 ones times a power of two, a model's own.
+
+A model's numbers are `rows` of C that lie side by side, `row_stride` apart, a model's `model_stride` behind those of the one
+before. `largest` `(m,)` holds the bits of each model's largest magnitude, which sort as the numbers do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exponent(largest, model):
+    """The power of two that takes a model's largest number to between 2^14 and 2^15, near the largest float16."""
+    return tl.minimum(tl.maximum(14 + 127 - (tl.load(largest + model) >> 23), -100), 100)
+
+
+@triton.jit
+def power(exponent):
+    """2^exponent."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def measure(
+    x,
+    largest,  # (m,), zeros at first
+    rows,
+    row_stride,
+    model_stride,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Each model's largest magnitude. A number that is none counts as larger than all."""
+    model = tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    most = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for tile in tl.static_range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (column < C)[None, :]
+        at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        most = tl.maximum(most, tl.load(x + at, mask=inside, other=0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(largest + model, tl.max(tl.max(most, 1), 0))
+
+
+@triton.jit
+def halve(
+    x,
+    largest,  # (m,)
+    halves,  # float16, written as x lies
+    rows,
+    row_stride,
+    model_stride,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows of `halves`; those first that were measured last, as they may still be in the cache."""
+    model = tl.num_programs(1) - 1 - tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    scaled = tl.load(x + at, mask=inside, other=0.0) * power(exponent(largest, model))
+    tl.store(halves + at, scaled.to(tl.float16), mask=inside)
