@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +20,7 @@ from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.training import implicit
 from ganomaly_plugin.training.convolutions import in_order, layers_of_all
 from ganomaly_plugin.training.halves import halve
+from ganomaly_plugin.training.joined import joined
 from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.precision import precision
@@ -96,6 +100,29 @@ def test_kernels_convolve_as_each_model_does(case, name, rounding):
     assert operations.ours() == +expected and not operations.names["aten::convolution"]
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2, inplace=True)], ids=str)
+@pytest.mark.parametrize("name", ["float32", "tf32"])
+def test_a_convolution_takes_the_activation_after_it_over(name, activation):
+    layers = nn.Sequential(nn.Conv2d(1, 16, 4, **HALVING, bias=False), activation, nn.Conv2d(16, 16, 3, bias=True), activation)
+    inputs = [random(2, 1, 12, 12, seed=0), random(16, 1, 4, 4, seed=1), random(16, 16, 3, 3, seed=2)]
+
+    def one(network, x, first, second):
+        weights = {"0.weight": first, "2.weight": second, "2.bias": torch.linspace(-1, 1, 16)}
+        return functional_call(network, weights, (x,))
+
+    def of_all(network, *tensors):
+        with layers_of_all("implicit", name):
+            return torch.vmap(partial(one, network))(*tensors)
+
+    found, activations = [], []
+    for network in (layers, joined(layers)):
+        with precision(name), Operations() as operations:
+            found.append(results(partial(of_all, network), inputs))
+        activations.append(operations.names["aten::relu"] + operations.names["aten::leaky_relu"])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert activations == [2, 1]  # the second convolution has a bias
+
+
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-30, 2.0**90])
 def test_halves_are_as_good_as_tf32_for_numbers_of_any_size(scale):
     """A model's numbers, however small or large, and whatever another model's are."""
@@ -147,7 +174,7 @@ def test_stacked_models_are_those_of_the_plain_trainer():
         # one BatchNorm in each encoder and D, two in the decoder; D twice, of real images and of others
         normalised = Counter(normalise=6, normalise_backward=7)
         assert operations.ours() == forward + of_maps + of_kernels + normalised
-        others = {"aten::convolution", "aten::contiguous", "aten::native_batch_norm", "aten::relu"}
+        others = {"aten::convolution", "aten::contiguous", "aten::native_batch_norm", "aten::relu", "aten::leaky_relu"}
         assert not others & set(operations.names)
         for model, trainer in enumerate(plain):
             for name, value in trainer.step(batch[model]).items():

@@ -17,7 +17,8 @@ from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.detectors.skip_ganomaly import SkipGanomalyRecipe
 from ganomaly_plugin.training import normalise
 from ganomaly_plugin.training.convolutions import layers_of_all
-from ganomaly_plugin.training.normalise import joined, normalise_all
+from ganomaly_plugin.training.joined import _takes_over, activated, joined
+from ganomaly_plugin.training.normalise import normalise_all
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.stack import make_stack
 
@@ -50,7 +51,7 @@ def both(shape, slope: float, dtype=torch.float32, *, far: float = 0.0, momentum
         y = nn.functional.batch_norm(
             x.flatten(0, 2).flatten(1), *(each.view(-1) for each in (*running, weight, bias)), True, momentum, eps
         )
-        return normalise.activated(y, slope).view(x.shape)
+        return activated(y, slope).view(x.shape)
 
     mine = results(lambda *all_: normalise_all(*all_, momentum, eps, slope), x, *weights, towards)
     theirs = results(usual, x, *weights, towards)
@@ -155,7 +156,7 @@ def test_one_pixel_is_refused_as_torch_refuses_it():
 def test_a_momentum_that_is_none_is_torchs():
     layers = [nn.BatchNorm2d(4, momentum=None), nn.ReLU()]
     network, x = nn.Sequential(*layers), random(3, 4, 5, 5, seed=0)
-    assert normalise._slope(*layers) is None
+    assert not _takes_over(layers[0])
     expected = [network(each) for each in x]
     network[0].reset_running_stats()
     assert all(torch.equal(a, b) for a, b in zip(map(joined(network), x), expected, strict=True))

@@ -2,9 +2,9 @@
 
 "grouped" makes one convolution of those of all models, with a group for each. "matmul" lays the images out in patches and
 multiplies matrices in a batch, a model each, which tensor cores take; it needs memory for the patches. "implicit" does the same
-without laying them out, and takes BatchNorm in training and the activation after it as one layer. Any way the maps of all
-models lie side by side as channels of one image, `(n, m·c, h, w)`, so that BatchNorm is one BatchNorm of more channels. They
-lie in channels-last order, pixel by pixel, and so do the kernels: then no product needs a copy of its factors.
+without laying them out, and takes convolutions, and BatchNorm in training, as one layer with the activation after them. Any way
+the maps of all models lie side by side as channels of one image, `(n, m·c, h, w)`, so that BatchNorm is one BatchNorm of more
+channels. They lie in channels-last order, pixel by pixel, and so do the kernels: then no product needs a copy of its factors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map_only
 from ganomaly_plugin.recipe import Precision
 from ganomaly_plugin.training import implicit as implicit_products
 from ganomaly_plugin.training.cpu_convolutions import is_usual, pair, transposed_size
-from ganomaly_plugin.training.normalise import activated, batch_norm_activated, normalise_all, suits
+from ganomaly_plugin.training.joined import activated, batch_norm_activated, conv2d_activated
+from ganomaly_plugin.training.normalise import normalise_all, suits
 from ganomaly_plugin.training.products import Geometry, lay_out, multiply, put_together
 
 Convolutions = Literal["grouped", "matmul", "implicit"]
@@ -158,14 +159,22 @@ def _relu(x: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _conv2d_of_all(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int], implicit: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    implicit: bool,
+    slope: float = 1.0,
 ) -> Tensor:
     geometry = Geometry((x.shape[3], x.shape[4]), (weight.shape[3], weight.shape[4]), stride, padding)
     if implicit and implicit_products.suits(x, len(x), weight.shape[1:3], geometry):
-        return _maps(_biased(implicit_products.conv2d(_pixels(x), _taps(weight), geometry), bias))
+        own = slope if bias is None else 1.0
+        y = _maps(_biased(implicit_products.conv2d(_pixels(x), _taps(weight), geometry, own), bias))
+        return y if own == slope else activated(y, slope)
     patches = lay_out(_pixels(x), geometry)
     y = multiply(patches, weight.to(x.dtype).permute(0, 3, 4, 2, 1).flatten(1, 3))
-    return _maps(_biased(y.view(x.shape[1], *geometry.places, *y.shape[1:]), bias))
+    return activated(_maps(_biased(y.view(x.shape[1], *geometry.places, *y.shape[1:]), bias)), slope)
 
 
 def _conv_transpose2d_of_all(
@@ -180,7 +189,7 @@ def _conv_transpose2d_of_all(
     kernel = weight.shape[3], weight.shape[4]
     geometry = Geometry(transposed_size(x[0], kernel, stride, padding, more), kernel, stride, padding)
     if implicit and implicit_products.suits(x, len(x), weight.shape[1:3], geometry):
-        return _maps(_biased(implicit_products.conv_transpose2d(_pixels(x), _taps(weight), geometry), bias))
+        return _maps(_biased(implicit_products.conv_transpose2d(_pixels(x), _taps(weight), geometry, 1.0), bias))
     patches = multiply(_pixels(x).flatten(0, 2), _taps(weight.to(x.dtype)).flatten(2))
     return _maps(_biased(put_together(patches, geometry), bias))
 
@@ -220,12 +229,14 @@ def _conv2d(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    slope: float = 1.0,
     *,
     implicit: bool,
 ) -> Tensor:
     if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
-        return torch.conv2d(x, weight.to(x.dtype), _like(x, bias), stride, padding, dilation, groups)
-    return _of_all_conv2d(x, weight, bias, pair(stride), pair(padding), implicit)
+        y = torch.conv2d(x, weight.to(x.dtype), _like(x, bias), stride, padding, dilation, groups)
+        return activated(y, slope)
+    return _of_all_conv2d(x, weight, bias, pair(stride), pair(padding), implicit, slope)
 
 
 def _conv_transpose2d(
@@ -246,7 +257,7 @@ def _conv_transpose2d(
     return _of_all_conv_transpose2d(x, weight, bias, pair(stride), pair(padding), pair(output_padding), implicit)
 
 
-_PRODUCTS = {torch.conv2d, torch.conv_transpose2d, functional.linear}
+_PRODUCTS = {torch.conv2d, torch.conv_transpose2d, conv2d_activated, functional.linear}
 _ANY_WAY: Mapping[Any, Callable[..., Tensor]] = {
     functional.batch_norm: _batch_norm,
     functional.leaky_relu: _leaky_relu,
@@ -254,15 +265,15 @@ _ANY_WAY: Mapping[Any, Callable[..., Tensor]] = {
 }
 _FORMS: Mapping[Convolutions, Mapping[Any, Callable[..., Tensor]]] = {
     "grouped": _ANY_WAY,
-    **{
-        how: {
-            **_ANY_WAY,
-            torch.conv2d: functools.partial(_conv2d, implicit=how == "implicit"),
-            torch.conv_transpose2d: functools.partial(_conv_transpose2d, implicit=how == "implicit"),
-            **(
-                dict.fromkeys((functional.batch_norm, batch_norm_activated), _batch_norm_activated) if how == "implicit" else {}
-            ),
-        }
-        for how in ("matmul", "implicit")
+    "matmul": {
+        **_ANY_WAY,
+        torch.conv2d: functools.partial(_conv2d, implicit=False),
+        torch.conv_transpose2d: functools.partial(_conv_transpose2d, implicit=False),
+    },
+    "implicit": {
+        **_ANY_WAY,
+        **dict.fromkeys((torch.conv2d, conv2d_activated), functools.partial(_conv2d, implicit=True)),
+        torch.conv_transpose2d: functools.partial(_conv_transpose2d, implicit=True),
+        **dict.fromkeys((functional.batch_norm, batch_norm_activated), _batch_norm_activated),
     },
 }

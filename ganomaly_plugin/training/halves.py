@@ -27,9 +27,17 @@ class Halved(NamedTuple):
 # They are operations of torch so that whoever watches operations, or fakes tensors, sees them.
 
 
-@torch.library.custom_op("ganomaly_plugin::halve", mutates_args=(), schema="(Tensor x, bool is_kernels) -> (Tensor, Tensor)")
-def halve(x: Tensor, is_kernels: bool) -> tuple[Tensor, Tensor]:
-    """The parts of `Halved`, of maps `(n, h, w, m, c)` or kernels `(m, o, r, s, c)`, both contiguous."""
+@torch.library.custom_op(
+    "ganomaly_plugin::halve",
+    mutates_args=(),
+    schema="(Tensor x, bool is_kernels, Tensor? activated=None, float slope=1.0) -> (Tensor, Tensor)",
+)
+def halve(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The parts of `Halved`, of maps `(n, h, w, m, c)` or kernels `(m, o, r, s, c)`, both contiguous.
+
+    `activated` is what LeakyReLU of `slope` made of such maps: then `x` is a gradient with respect to it, and the gradient with
+    respect to those maps is halved.
+    """
     from ganomaly_plugin.training import halves_kernels
 
     halves, largest = _halved(x, is_kernels)
@@ -43,15 +51,16 @@ def halve(x: Tensor, is_kernels: bool) -> tuple[Tensor, Tensor]:
     down = _NUMBERS // across
     on = torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
     models, columns = len(largest), -(-c // across)
+    given, masked = (x, x if activated is None else activated), activated is not None
     with on:
         grid = -(-rows // (down * _TILES)), models, columns
-        halves_kernels.measure[grid](x, largest, rows, *strides, c, down, across, _TILES, num_warps=4)
+        halves_kernels.measure[grid](*given, largest, rows, *strides, slope, c, down, across, masked, _TILES, num_warps=4)
         grid = -(-rows // down), models, columns
-        halves_kernels.halve[grid](x, largest, halves, rows, *strides, c, down, across, num_warps=4)
+        halves_kernels.halve[grid](*given, largest, halves, rows, *strides, slope, c, down, across, masked, num_warps=4)
     return halves, largest
 
 
 @halve.register_fake
-def _halved(x: Tensor, is_kernels: bool) -> tuple[Tensor, Tensor]:
+def _halved(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> tuple[Tensor, Tensor]:
     models = x.shape[0] if is_kernels else x.shape[3]
     return x.new_empty(x.shape, dtype=torch.float16), x.new_empty(models, dtype=torch.int32)

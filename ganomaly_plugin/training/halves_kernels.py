@@ -23,15 +23,26 @@ def power(exponent):
 
 
 @triton.jit
+def _load(x, activated, at, inside, slope, MASKED: tl.constexpr):
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if MASKED:
+        value = tl.where(tl.load(activated + at, mask=inside, other=1.0) > 0, value, value * slope)
+    return value
+
+
+@triton.jit
 def measure(
     x,
+    activated,  # read if MASKED: what LeakyReLU made of the numbers with respect to which x becomes a gradient
     largest,  # (m,), zeros at first
     rows,
     row_stride,
     model_stride,
+    slope,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Each model's largest magnitude. A number that is none counts as larger than all."""
@@ -42,21 +53,24 @@ def measure(
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < C)[None, :]
         at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-        most = tl.maximum(most, tl.load(x + at, mask=inside, other=0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        most = tl.maximum(most, _load(x, activated, at, inside, slope, MASKED).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     tl.atomic_max(largest + model, tl.max(tl.max(most, 1), 0))
 
 
 @triton.jit
 def halve(
     x,
+    activated,
     largest,  # (m,)
     halves,  # float16, written as x lies
     rows,
     row_stride,
     model_stride,
+    slope,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Rows of `halves`; those first that were measured last, as they may still be in the cache."""
     model = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -64,5 +78,5 @@ def halve(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (column < C)[None, :]
     at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    scaled = tl.load(x + at, mask=inside, other=0.0) * power(exponent(largest, model))
+    scaled = _load(x, activated, at, inside, slope, MASKED) * power(exponent(largest, model))
     tl.store(halves + at, scaled.to(tl.float16), mask=inside)

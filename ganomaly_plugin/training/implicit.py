@@ -83,7 +83,7 @@ def _trial(device: torch.device) -> float:
         with precision(name):
             given = x.to(device, dtype).requires_grad_(), kernels.to(device).requires_grad_()
             maps, taps = (each.view_as(each) for each in given)  # no leaves, of which nobody can say who wants them
-            y = conv2d(maps, taps, geometry)
+            y = conv2d(maps, taps, geometry, 1.0)
             mine = [y.detach(), *torch.autograd.grad(y, given, towards.to(device, dtype))]
         errors += [(got.double().cpu() - it).abs().max() / it.abs().max() / may for got, it in zip(mine, wanted, strict=True)]
         errors.append(normalise.error(device, dtype) / may)
@@ -131,7 +131,7 @@ _FACTORS = "int[] geometry, Tensor? largest_one=None, Tensor? largest_other=None
 
 
 @torch.library.custom_op(
-    "ganomaly_plugin::convolve", mutates_args=(), schema=f"(Tensor x, Tensor kernels, {_FACTORS}) -> Tensor"
+    "ganomaly_plugin::convolve", mutates_args=(), schema=f"(Tensor x, Tensor kernels, {_FACTORS}, float slope=1.0) -> Tensor"
 )
 def convolve(
     x: Tensor,
@@ -139,8 +139,9 @@ def convolve(
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    slope: float = 1.0,
 ) -> Tensor:
-    """`(n, h, w, m, c)` → `(n, p, q, m, o)`."""
+    """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1."""
     from ganomaly_plugin.training import implicit_kernels
 
     y = _convolved(x, kernels, geometry)
@@ -148,7 +149,7 @@ def convolve(
     block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
     factors = x, kernels, largest_one, largest_other
-    _multiply(implicit_kernels.convolve, (tiles, models), factors, y, rows, (c, o), geometry, block)
+    _multiply(implicit_kernels.convolve, (tiles, models), factors, y, (rows, models, slope), (c, o), geometry, block)
     return y
 
 
@@ -159,6 +160,7 @@ def _convolved(
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    slope: float = 1.0,
 ) -> Tensor:
     return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2], dtype=_of_products(x))
 
@@ -181,7 +183,7 @@ def spread(
     block = _side(rows), _side(c, _across(y)), _dividing(o, _DEPTH[y.dtype])
     grid = -(-rows // block[0]) * -(-c // block[1]), models, down * across
     factors = y, kernels, largest_one, largest_other
-    _multiply(implicit_kernels.spread, grid, factors, x, len(x), (c, o), geometry, block)
+    _multiply(implicit_kernels.spread, grid, factors, x, (len(x), models), (c, o), geometry, block)
     return x
 
 
@@ -214,7 +216,7 @@ def correlate(
     parts = max(1, min(_ENOUGH // (tiles * models), rows // (8 * block[2])))
     sums = x.new_empty(parts, models, o, r, s, c, dtype=torch.float32)
     factors = x, y, largest_one, largest_other
-    _multiply(implicit_kernels.correlate, (tiles, models, parts), factors, sums, rows, (c, o), geometry, block)
+    _multiply(implicit_kernels.correlate, (tiles, models, parts), factors, sums, (rows, models), (c, o), geometry, block)
     return sums[0] if parts == 1 else sums.sum(0)
 
 
@@ -239,8 +241,8 @@ def fold(patches: Tensor, geometry: Sequence[int]) -> Tensor:
     from ganomaly_plugin.training import implicit_kernels
 
     x, block = _folded(patches, geometry), 1024
-    grid, counts = (-(-x.numel() // block),), (x.numel(), x.shape[3])
-    _launch(implicit_kernels.fold, grid, (patches, x), counts, geometry, x.shape[4:], (block,), 4)
+    grid = (-(-x.numel() // block),)
+    _launch(implicit_kernels.fold, grid, (patches, x), (x.numel(), x.shape[3]), geometry, x.shape[4:], (block,), 4)
     return x
 
 
@@ -251,30 +253,37 @@ def _folded(patches: Tensor, geometry: Sequence[int]) -> Tensor:
 
 
 def _function(
-    forward: Operation, backward: Operation, of_kernels: Callable[[Halved, Halved, Sequence[int]], Tensor]
-) -> Callable[[Tensor, Tensor, Geometry], Tensor]:
-    """A function of maps and float32 kernels, which are rounded to the type of the maps, with gradients.
+    forward: Callable[[Halved, Halved, Sequence[int], float], Tensor], backward: Operation, of_kernels: Operation
+) -> Callable[[Tensor, Tensor, Geometry, float], Tensor]:
+    """A function of maps and float32 kernels, which are rounded to the type of the maps, with gradients; then LeakyReLU.
 
     `backward` is `forward` transposed, `of_kernels` the gradient with respect to kernels of (maps, gradient).
     """
 
     class OfAll(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry, slope: float) -> Tensor:
             ctx.halves = maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-            factors = _factor(maps, ctx.halves), _factor(kernels.to(maps.dtype), ctx.halves, is_kernels=True)
-            ctx.save_for_backward(*factors[0], *factors[1])
-            ctx.geometry = _numbers(geometry)
-            return forward(*factors, ctx.geometry)
+            one, other = _factor(maps, ctx.halves), _factor(kernels.to(maps.dtype), ctx.halves, is_kernels=True)
+            ctx.geometry, ctx.slope = _numbers(geometry), slope
+            answer = forward(one, other, ctx.geometry, slope)
+            ctx.save_for_backward(*one, *other, None if slope == 1 else answer)
+            return answer
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-            saved = ctx.saved_tensors
-            maps, kernels, gradient = Halved(*saved[:2]), Halved(*saved[2:]), _factor(gradients[0], ctx.halves)
-            to_maps = backward(gradient, kernels, ctx.geometry) if is_wanted(ctx, 0) else None
-            to_kernels = of_kernels(maps, gradient, ctx.geometry) if is_wanted(ctx, 1) else None
-            return to_maps, to_kernels, None
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            *saved, answer = ctx.saved_tensors
+            maps, kernels, gradient = Halved(*saved[:2]), Halved(*saved[2:]), gradients[0].contiguous()
+            if ctx.halves:
+                factor = Halved(*halve(gradient, False, answer, ctx.slope))
+            elif answer is None:
+                factor = Halved(gradient, None)
+            else:
+                factor = Halved(torch.ops.aten.leaky_relu_backward(gradient, answer, ctx.slope, True), None)
+            to_maps = backward(factor, kernels, ctx.geometry) if is_wanted(ctx, 0) else None
+            to_kernels = of_kernels(maps, factor, ctx.geometry) if is_wanted(ctx, 1) else None
+            return to_maps, to_kernels, None, None
 
     return OfAll.apply
 
@@ -284,8 +293,8 @@ def _factor(values: Tensor, halves: bool, *, is_kernels: bool = False) -> Halved
     return Halved(*halve(values, is_kernels)) if halves else Halved(values, None)
 
 
-def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
-    return convolve(x.values, kernels.values, geometry, x.largest, kernels.largest)
+def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float = 1.0) -> Tensor:
+    return convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, slope)
 
 
 def _spread(y: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
@@ -301,10 +310,19 @@ def _correlate(x: Halved, y: Halved, geometry: Sequence[int]) -> Tensor:
     return correlate(x.values, y.values, geometry, x.largest, y.largest)
 
 
-#: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`.
+def _correlate_turned(y: Halved, x: Halved, geometry: Sequence[int]) -> Tensor:
+    return _correlate(x, y, geometry)
+
+
+def _spread_only(y: Halved, kernels: Halved, geometry: Sequence[int], slope: float) -> Tensor:
+    assert slope == 1, "nothing after `spread` is carried out with it"
+    return _spread(y, kernels, geometry)
+
+
+#: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`, then LeakyReLU.
 conv2d = _function(_convolve, _spread, _correlate)
-#: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`.
-conv_transpose2d = _function(_spread, _convolve, lambda maps, gradient, geometry: _correlate(gradient, maps, geometry))
+#: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`; the slope must be 1.
+conv_transpose2d = _function(_spread_only, _convolve, _correlate_turned)
 
 
 def _side(numbers: int, most: int = _MOST) -> int:
@@ -326,7 +344,7 @@ def _launch(
     kernel: Any,
     grid: tuple[int, ...],
     tensors: Sequence[Tensor],  # those that are read and one that is written
-    counts: tuple[int, int],  # of rows, images or numbers, and of models
+    numbers: Sequence[float],  # how many rows, images or numbers, and how many models, first
     geometry: Sequence[int],
     channels: Sequence[int],
     block: Sequence[Any],
@@ -338,7 +356,7 @@ def _launch(
         kernel[grid](
             *(tensor.contiguous() for tensor in given),
             made,
-            *counts,
+            *numbers,
             *geometry[:2],
             *_geometry(geometry).places,
             *channels,
@@ -355,7 +373,7 @@ def _multiply(
     grid: tuple[int, ...],
     factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     made: Tensor,
-    count: int,  # of rows or images
+    numbers: Sequence[float],
     channels: tuple[int, int],
     geometry: Sequence[int],
     block: tuple[int, int, int],
@@ -364,4 +382,4 @@ def _multiply(
     is_wide = factors[0].dtype == torch.float32
     # Float32 as six products of its parts in bfloat16, on tensor cores: as exact as float32's own, in a quarter of the time.
     rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
-    _launch(kernel, grid, (*given, made), (count, grid[1]), geometry, channels, (*block, rounding), 8 if is_wide else 4)
+    _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding), 8 if is_wide else 4)

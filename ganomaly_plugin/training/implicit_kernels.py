@@ -33,6 +33,7 @@ def convolve(
     y,  # (n, p, q, m, o)
     rows,  # n·p·q
     models,
+    slope,  # of LeakyReLU, 1 for none
     H: tl.constexpr,
     W: tl.constexpr,
     P: tl.constexpr,
@@ -76,6 +77,7 @@ def convolve(
         b = tl.load(taps + start, mask=column[None, :] < O, other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     sums = _unscaled(sums, x, largest_x, largest_kernels, model)
+    sums = tl.where(sums > 0, sums, sums * slope)
     to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
     tl.store(to, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < O)[None, :])
 

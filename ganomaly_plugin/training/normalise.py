@@ -8,18 +8,16 @@ the way "implicit" and need what that needs.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import handle_torch_function, has_torch_function
 
 from ganomaly_plugin.training import implicit
+from ganomaly_plugin.training.joined import activated
 
 _WARPS = 4
 _LINE = 128  # bytes of a row that a program reads at once
@@ -28,7 +26,6 @@ _STAGES = 3  # so many such reads are on their way at a time
 _CHUNKS = 16  # at most: each program of the second kernel reads what the first one wrote of every chunk
 _PROGRAMS = 256  # for each byte of a number; about so many run at the same time on a large GPU, as registers go
 _DTYPES = (torch.float32, torch.bfloat16)
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def _blocks(x: Tensor) -> tuple[int, int, int]:
@@ -177,79 +174,3 @@ def suits(x: Tensor, *others: Tensor | None) -> bool:
     pixels = len(x[0]) * x[0, 0, 0].numel()
     usual = (each is not None and each.dtype == torch.float32 and each.is_contiguous() for each in others)
     return pixels > 1 and all(usual)
-
-
-def activated(y: Tensor, slope: float) -> Tensor:
-    """LeakyReLU, which for a slope of 0 is ReLU and for a slope of 1 nothing."""
-    if slope == 1:
-        return y
-    return functional.leaky_relu(y, slope) if slope else functional.relu(y)
-
-
-def batch_norm_activated(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    slope: float,
-) -> Tensor:
-    """BatchNorm and LeakyReLU of torch, which a mode for functions of torch can replace as it can replace those."""
-    tensors = x, running_mean, running_var, weight, bias
-    if has_torch_function(tensors):
-        return handle_torch_function(batch_norm_activated, tensors, *tensors, training, momentum, eps, slope)
-    return activated(functional.batch_norm(*tensors, training, momentum, eps), slope)
-
-
-def _slope(norm: nn.Module, activation: nn.Module | None) -> float | None:
-    """The slope of `activation` where it and `norm` before it can be carried out at once; None where they cannot."""
-    if type(norm) is not nn.BatchNorm2d or activation is None or _is_hooked(norm) or _is_hooked(activation):
-        return None
-    if not (norm.training and norm.affine and norm.track_running_stats) or norm.momentum is None:
-        return None
-    if type(activation) is nn.ReLU:
-        return 0.0
-    return activation.negative_slope if type(activation) is nn.LeakyReLU and activation.negative_slope >= 0 else None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(kinds)
-
-
-def _both(norm: nn.BatchNorm2d, x: Tensor, slope: float) -> Tensor:
-    """What `norm` in training does, and the activation after it."""
-    norm._check_input_dim(x)
-    assert norm.num_batches_tracked is not None and norm.momentum is not None
-    norm.num_batches_tracked.add_(1)
-    state = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return batch_norm_activated(x, *state, True, norm.momentum, norm.eps, slope)
-
-
-class _Joined(nn.Sequential):
-    """A Sequential that carries out BatchNorm in training and the activation after it at once; its layers stay two."""
-
-    def forward(self, x: Any) -> Any:
-        waiting = list(self)[::-1]
-        while waiting:
-            layer = waiting.pop()
-            slope = _slope(layer, waiting[-1] if waiting else None)
-            if slope is None:
-                x = layer(x)
-            else:
-                waiting.pop()
-                x = _both(cast(nn.BatchNorm2d, layer), x, slope)
-        return x
-
-
-def joined(network: _Module) -> _Module:
-    """A copy of `network`, with the same weights, whose Sequentials carry out BatchNorm and the activation after it at once."""
-    kept = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-    network = copy.deepcopy(network, kept)
-    for module in network.modules():
-        if type(module) is nn.Sequential:
-            module.__class__ = _Joined
-    return network

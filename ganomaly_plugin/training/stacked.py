@@ -23,7 +23,7 @@ from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Phase, Precision, Recipe, StepInput, Tensors
 from ganomaly_plugin.training.captured import Record, Replayed
 from ganomaly_plugin.training.convolutions import Convolutions, in_order, layers_of_all
-from ganomaly_plugin.training.normalise import joined
+from ganomaly_plugin.training.joined import joined
 from ganomaly_plugin.training.plain import make_optimiser, set_gradients, to_device, warmed_average
 from ganomaly_plugin.training.precision import networks_in, precision
 from ganomaly_plugin.training.redraw import Spares
