@@ -54,9 +54,13 @@ def halve(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: f
     given, masked = (x, x if activated is None else activated), activated is not None
     with on:
         grid = -(-rows // (down * _TILES)), models, columns
-        halves_kernels.measure[grid](*given, largest, rows, *strides, slope, c, down, across, masked, _TILES, num_warps=4)
+        halves_kernels.measure[grid](
+            *given, largest, rows, *strides, slope, c, down, across, masked, _TILES, num_warps=4, enable_fp_fusion=True
+        )
         grid = -(-rows // down), models, columns
-        halves_kernels.halve[grid](*given, largest, halves, rows, *strides, slope, c, down, across, masked, num_warps=4)
+        halves_kernels.halve[grid](
+            *given, largest, halves, rows, *strides, slope, c, down, across, masked, num_warps=4, enable_fp_fusion=True
+        )
     return halves, largest
 
 

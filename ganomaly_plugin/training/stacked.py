@@ -104,7 +104,14 @@ class StackedTrainer:
         self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state_dict().items()}
         self.steps = 0
         self._spares = {
-            phase.name: Spares(recipe, phase, models[0], [torch.Generator().manual_seed(seed) for seed in seeds], device)
+            phase.name: Spares(
+                recipe,
+                phase,
+                models[0],
+                [torch.Generator().manual_seed(seed) for seed in seeds],
+                device,
+                by_kernels=convolutions == "implicit",
+            )
             for phase in self.phases
             if phase.redraw_below is not None
         }
