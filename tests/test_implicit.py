@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.training import implicit
 from ganomaly_plugin.training.convolutions import in_order, layers_of_all
-from ganomaly_plugin.training.halves import halve
+from ganomaly_plugin.training.halves import halved
 from ganomaly_plugin.training.joined import joined
 from ganomaly_plugin.training.memory import bytes_of_model
+from ganomaly_plugin.training.normalise import normalise_all
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.stack import default_how, make_stack
@@ -96,7 +97,7 @@ def test_kernels_convolve_as_each_model_does(case, name, rounding):
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine.double() - theirs).abs().max() < rounding * theirs.abs().max()
     expected = Counter(convolve=1, correlate=1, **({"fold": 1} if kernel[1] < 16 else {"spread": 1}))
-    expected += Counter(convolve=kernel[1] < 16, halve=3 * (name == "tf32"))  # maps, kernels, gradient
+    expected += Counter(convolve=kernel[1] < 16, halve=3 * (name == "tf32"), measure=3 * (name == "tf32"))
     assert operations.ours() == +expected and not operations.names["aten::convolution"]
 
 
@@ -145,10 +146,29 @@ def test_halves_are_as_good_as_tf32_for_numbers_of_any_size(scale):
     assert not broken[0][1].isfinite().all()
 
 
+def test_what_is_made_is_not_measured_again():
+    """Magnitudes noted by the kernels that make maps are what would be measured; of maps changed later nothing is known."""
+    x, kernels = torch.randn(2, 8, 8, 2, 16, generator=torch.Generator().manual_seed(0)), random(16, 4, 4, 16, seed=1)[:2]
+    geometry = implicit.Geometry((8, 8), (4, 4), (2, 2), (1, 1))
+    with precision("tf32"):
+        y = implicit.conv2d(x, kernels, geometry, 0.2)
+        back = implicit.conv_transpose2d(y, kernels, geometry, 1.0)
+        norm = [torch.rand(2, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+        z = normalise_all(y, *norm, 0.1, 1e-5, 0.2)
+    for made in (y, back, z):
+        with Operations() as operations:
+            noted = halved(made).largest
+        assert operations.ours() == {"halve": 1} and torch.equal(noted, made.abs().amax((0, 1, 2, 4)).view(torch.int32))
+    y.mul_(2)
+    with Operations() as operations:
+        assert torch.equal(halved(y).largest, y.abs().amax((0, 1, 2, 4)).view(torch.int32))
+    assert operations.ours()["measure"] == 1
+
+
 def test_halves_keep_the_bits_of_tf32():
     numbers = torch.randn(4, 8, 8, 3, 16, generator=torch.Generator().manual_seed(0))
     numbers[..., 1, :], numbers[0, 0, 0, 2, 0] = 0, torch.nan
-    halves, largest = halve(numbers, False)
+    halves, largest = halved(numbers)
     assert halves.dtype == torch.float16 and not halves[..., 1, :].any() and halves.isnan().sum() == 1
     first = numbers[..., 0, :]
     assert largest[0] == first.abs().max().view(torch.int32)
@@ -266,16 +286,18 @@ from ganomaly_plugin.training import implicit_kernels
 lengths = dict(H=16, W=16, P=8, Q=8, O=128, R=4, S=4, STRIDE_H=2, STRIDE_W=2, PADDING_H=1, PADDING_W=1)
 for number, depth, most, warps in (("fp32", 32, 64, 8), ("fp16", 64, 128, 4), ("bf16", 64, 128, 4)):
     for name, c, columns, summed in (
-        ("convolve", 64, most, depth), ("spread", 64, 64, depth), ("correlate", 64, 64, depth),
+        ("convolve", 64, most, depth), ("spread", 64, 64, depth), ("correlate", 64, most, depth),
         ("convolve", 1, most, 16), ("correlate", 1, 16, depth),
     ):
         kernel = getattr(implicit_kernels, name)
         constants = dict(lengths, C=c, ROWS=128, COLUMNS=columns, SUMMED=summed, ROUNDING="bf16x6")
         names = kernel.arg_names
         made = "*bf16" if number == "bf16" and name != "correlate" else "*fp32"
-        pointers = dict(zip(names, ["*" + number] * 2 + ["*i32"] * 2 + [made]))
-        types = {name: "constexpr" if name in constants else "i32" for name in names} | pointers
-        aligned = {(k,): [["tt.divisibility", 16]] for k in range(5)}
+        largest = [name for name in names if name.startswith("largest")]
+        pointers = dict(zip(names, ["*" + number] * 2 + ["*i32"] * len(largest) + [made]))
+        types = {name: "constexpr" if name in constants else "i32" for name in names} | pointers | {"slope": "fp32"}
+        types = {name: types[name] for name in names}
+        aligned = {(k,): [["tt.divisibility", 16]] for k in range(len(pointers))}
         values = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, types, values, aligned)
         options = dict(num_warps=warps, num_stages=3, enable_fp_fusion=True)

@@ -244,9 +244,11 @@ for number, across in (("fp32", 32), ("bf16", 64)):
         names = kernel.arg_names
         constants = dict(CHUNKS=16, ROWS=32, COLUMNS=across, STAGES=3)
         kinds = dict.fromkeys(("x", "y", "gradient", "to_x"), "*" + number) | dict.fromkeys(constants, "constexpr")
-        kinds |= dict.fromkeys(("rows", "columns", "chunk"), "i32") | dict.fromkeys(("momentum", "eps", "slope"), "fp32")
+        kinds |= dict.fromkeys(("rows", "columns", "chunk", "models"), "i32") | {"largest": "*i32"}
+        kinds |= dict.fromkeys(("momentum", "eps", "slope"), "fp32")
         types = {name: kinds.get(name, "*fp32") for name in names}
-        aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if types[name] not in ("constexpr", "fp32")}
+        odd = {"models", *(name for name in names if types[name] in ("constexpr", "fp32"))}
+        aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in odd}
         values = {(names.index(name),): value for name, value in constants.items()}
         options = {"num_warps": 4, "enable_fp_fusion": True}
         made = triton.compile(ASTSource(kernel, types, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)

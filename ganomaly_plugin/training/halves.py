@@ -8,10 +8,13 @@ notice. Tensor cores take float16 at twice the speed, and factors of it as they 
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _NUMBERS = 4096  # of a tile
 _TILES = 4  # that a program measures
@@ -24,24 +27,52 @@ class Halved(NamedTuple):
     largest: Tensor | None  # int32 (m,), the bits of a float32; None where the values are what they say
 
 
-# They are operations of torch so that whoever watches operations, or fakes tensors, sees them.
+# They are operations of torch so that whoever watches operations, or fakes tensors, sees them. Maps are `(n, h, w, m, c)` and
+# kernels `(m, o, r, s, c)`, contiguous. `activated` is what LeakyReLU of `slope` made of such maps: then `x` is a gradient with
+# respect to it, and the gradient with respect to those maps is meant.
+
+
+@torch.library.custom_op(
+    "ganomaly_plugin::measure",
+    mutates_args=(),
+    schema="(Tensor x, bool is_kernels, Tensor? activated=None, float slope=1.0) -> Tensor",
+)
+def measure(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> Tensor:
+    """Each model's largest magnitude, as `Halved` has it."""
+    from ganomaly_plugin.training import halves_kernels
+
+    largest = _measured(x, is_kernels).zero_()
+    _launch(halves_kernels.measure, x, (activated, largest), is_kernels, slope, (_TILES,))
+    return largest
+
+
+@measure.register_fake
+def _measured(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> Tensor:
+    return x.new_empty(x.shape[0] if is_kernels else x.shape[3], dtype=torch.int32)
 
 
 @torch.library.custom_op(
     "ganomaly_plugin::halve",
     mutates_args=(),
-    schema="(Tensor x, bool is_kernels, Tensor? activated=None, float slope=1.0) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor largest, bool is_kernels, Tensor? activated=None, float slope=1.0) -> Tensor",
 )
-def halve(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The parts of `Halved`, of maps `(n, h, w, m, c)` or kernels `(m, o, r, s, c)`, both contiguous.
-
-    `activated` is what LeakyReLU of `slope` made of such maps: then `x` is a gradient with respect to it, and the gradient with
-    respect to those maps is halved.
-    """
+def halve(x: Tensor, largest: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> Tensor:
+    """The values of `Halved`; `largest` must be no less than what is halved."""
     from ganomaly_plugin.training import halves_kernels
 
-    halves, largest = _halved(x, is_kernels)
-    largest.zero_()
+    halves = _halved(x, largest, is_kernels)
+    _launch(halves_kernels.halve, x, (activated, largest, halves), is_kernels, slope, ())
+    return halves
+
+
+@halve.register_fake
+def _halved(x: Tensor, largest: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float16)
+
+
+def _launch(
+    kernel: Any, x: Tensor, others: Sequence[Tensor | None], is_kernels: bool, slope: float, tiles: tuple[int, ...]
+) -> None:
     if is_kernels:
         c = x.shape[4] if x.shape[4] >= 16 else x.shape[2:].numel()
         rows, strides = x[0].numel() // c, (c, x[0].numel())
@@ -49,22 +80,47 @@ def halve(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: f
         c, rows, strides = x.shape[4], x.shape[:3].numel(), (x.shape[3:].numel(), x.shape[4])
     across = min(128, 1 << (c - 1).bit_length())
     down = _NUMBERS // across
+    models = len(x) if is_kernels else x.shape[3]
+    grid = -(-rows // (down * math.prod(tiles))), models, -(-c // across)
+    masked = others[0] is not None
+    tensors = [x if each is None else each for each in (x, *others)]
     on = torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
-    models, columns = len(largest), -(-c // across)
-    given, masked = (x, x if activated is None else activated), activated is not None
     with on:
-        grid = -(-rows // (down * _TILES)), models, columns
-        halves_kernels.measure[grid](
-            *given, largest, rows, *strides, slope, c, down, across, masked, _TILES, num_warps=4, enable_fp_fusion=True
-        )
-        grid = -(-rows // down), models, columns
-        halves_kernels.halve[grid](
-            *given, largest, halves, rows, *strides, slope, c, down, across, masked, num_warps=4, enable_fp_fusion=True
-        )
-    return halves, largest
+        kernel[grid](*tensors, rows, *strides, slope, c, down, across, masked, *tiles, num_warps=4, enable_fp_fusion=True)
 
 
-@halve.register_fake
-def _halved(x: Tensor, is_kernels: bool, activated: Tensor | None = None, slope: float = 1.0) -> tuple[Tensor, Tensor]:
-    models = x.shape[0] if is_kernels else x.shape[3]
-    return x.new_empty(x.shape, dtype=torch.float16), x.new_empty(models, dtype=torch.int32)
+def halved(x: Tensor, *, is_kernels: bool = False, activated: Tensor | None = None, slope: float = 1.0) -> Halved:
+    """Contiguous `x` in halves, by its largest magnitudes if they are known, else measured."""
+    largest = _known(x)
+    if largest is None:
+        largest = measure(x, is_kernels, activated, slope)
+    return Halved(halve(x, largest, is_kernels, activated, slope), largest)
+
+
+def to_note(x: Tensor, models: int) -> Tensor | None:
+    """Where to note the largest magnitudes of maps that are made of `x`; None where nobody will ask for them."""
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return x.new_zeros(models, dtype=torch.int32)
+    return None
+
+
+# What was noted of maps, so that they need not be read again only to be measured. Maps that are changed later are not known.
+_notes: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
+
+
+def remember(x: Tensor, largest: Tensor | None) -> Tensor:
+    """`x`, which fills its storage, and whose `largest` magnitudes are known from now on."""
+    if largest is not None:
+        for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
+            del _notes[key]
+        storage = StorageWeakRef(x.untyped_storage())
+        _notes[storage.cdata] = storage, x._version, largest
+    return x
+
+
+def _known(x: Tensor) -> Tensor | None:
+    note = _notes.get(StorageWeakRef(x.untyped_storage()).cdata)
+    if note is None:
+        return None
+    storage, version, largest = note
+    return None if storage.expired() or x._version != version else largest

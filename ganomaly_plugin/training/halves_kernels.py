@@ -23,6 +23,12 @@ def power(exponent):
 
 
 @triton.jit
+def magnitude(x):
+    """The bits of a float32's magnitude. A number that is none counts as larger than all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def _load(x, activated, at, inside, slope, MASKED: tl.constexpr):
     value = tl.load(x + at, mask=inside, other=0.0)
     if MASKED:
@@ -45,7 +51,7 @@ def measure(
     MASKED: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Each model's largest magnitude. A number that is none counts as larger than all."""
+    """Each model's largest magnitude."""
     model = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     most = tl.zeros((ROWS, COLUMNS), tl.int32)
@@ -53,7 +59,7 @@ def measure(
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < C)[None, :]
         at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-        most = tl.maximum(most, _load(x, activated, at, inside, slope, MASKED).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        most = tl.maximum(most, magnitude(_load(x, activated, at, inside, slope, MASKED)))
     tl.atomic_max(largest + model, tl.max(tl.max(most, 1), 0))
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Precision
-from ganomaly_plugin.training.halves import Halved, halve
+from ganomaly_plugin.training.halves import Halved, halved, remember
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.products import Geometry, is_wanted
 
@@ -128,10 +128,13 @@ def _geometry(numbers: Sequence[int]) -> Geometry:
 
 
 _FACTORS = "int[] geometry, Tensor? largest_one=None, Tensor? largest_other=None"
+_NOTED = "Tensor(a!)? largest=None"
 
 
 @torch.library.custom_op(
-    "ganomaly_plugin::convolve", mutates_args=(), schema=f"(Tensor x, Tensor kernels, {_FACTORS}, float slope=1.0) -> Tensor"
+    "ganomaly_plugin::convolve",
+    mutates_args=("largest",),
+    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope=1.0) -> Tensor",
 )
 def convolve(
     x: Tensor,
@@ -139,6 +142,7 @@ def convolve(
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    largest: Tensor | None = None,
     slope: float = 1.0,
 ) -> Tensor:
     """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1."""
@@ -148,7 +152,7 @@ def convolve(
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
     block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
-    factors = x, kernels, largest_one, largest_other
+    factors = x, kernels, largest_one, largest_other, largest
     _multiply(implicit_kernels.convolve, (tiles, models), factors, y, (rows, models, slope), (c, o), geometry, block)
     return y
 
@@ -160,18 +164,22 @@ def _convolved(
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    largest: Tensor | None = None,
     slope: float = 1.0,
 ) -> Tensor:
     return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2], dtype=_of_products(x))
 
 
-@torch.library.custom_op("ganomaly_plugin::spread", mutates_args=(), schema=f"(Tensor y, Tensor kernels, {_FACTORS}) -> Tensor")
+@torch.library.custom_op(
+    "ganomaly_plugin::spread", mutates_args=("largest",), schema=f"(Tensor y, Tensor kernels, {_FACTORS}, {_NOTED}) -> Tensor"
+)
 def spread(
     y: Tensor,
     kernels: Tensor,
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """`(n, p, q, m, o)` → `(n, h, w, m, c)`, which is `convolve` transposed."""
     from ganomaly_plugin.training import implicit_kernels
@@ -182,7 +190,7 @@ def spread(
     models, c, o = x.shape[3], x.shape[4], y.shape[4]
     block = _side(rows), _side(c, _across(y)), _dividing(o, _DEPTH[y.dtype])
     grid = -(-rows // block[0]) * -(-c // block[1]), models, down * across
-    factors = y, kernels, largest_one, largest_other
+    factors = y, kernels, largest_one, largest_other, largest
     _multiply(implicit_kernels.spread, grid, factors, x, (len(x), models), (c, o), geometry, block)
     return x
 
@@ -194,6 +202,7 @@ def _spread_out(
     geometry: Sequence[int],
     largest_one: Tensor | None = None,
     largest_other: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     return y.new_empty(len(y), *_geometry(geometry).size, len(kernels), kernels.shape[4], dtype=_of_products(y))
 
@@ -211,7 +220,7 @@ def correlate(
 
     models, o, r, s, c = _correlated(x, y, geometry).shape
     rows = y.shape[:3].numel()
-    block = _side(o), _dividing(_at_once(c, r * s), _across(x)), _DEPTH[x.dtype]
+    block = _side(o), _dividing(r * s * c, _across(x)), _DEPTH[x.dtype]
     tiles = -(-o // block[0]) * (r * s * c // block[1])
     parts = max(1, min(_ENOUGH // (tiles * models), rows // (8 * block[2])))
     sums = x.new_empty(parts, models, o, r, s, c, dtype=torch.float32)
@@ -276,7 +285,7 @@ def _function(
             *saved, answer = ctx.saved_tensors
             maps, kernels, gradient = Halved(*saved[:2]), Halved(*saved[2:]), gradients[0].contiguous()
             if ctx.halves:
-                factor = Halved(*halve(gradient, False, answer, ctx.slope))
+                factor = halved(gradient, activated=answer, slope=ctx.slope)
             elif answer is None:
                 factor = Halved(gradient, None)
             else:
@@ -290,20 +299,22 @@ def _function(
 
 def _factor(values: Tensor, halves: bool, *, is_kernels: bool = False) -> Halved:
     values = values.contiguous()
-    return Halved(*halve(values, is_kernels)) if halves else Halved(values, None)
+    return halved(values, is_kernels=is_kernels) if halves else Halved(values, None)
 
 
 def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float = 1.0) -> Tensor:
-    return convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, slope)
+    largest = None if x.largest is None else torch.zeros_like(x.largest)
+    return remember(convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, largest, slope), largest)
 
 
 def _spread(y: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
     """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
+    largest = None if y.largest is None else torch.zeros_like(y.largest)
     if kernels.values.shape[4] >= _WIDTH:
-        return spread(y.values, kernels.values, geometry, y.largest, kernels.largest)
+        return remember(spread(y.values, kernels.values, geometry, y.largest, kernels.largest, largest), largest)
     by_pixel = _numbers(Geometry(_geometry(geometry).places, (1, 1), (1, 1), (0, 0)))
     taps = kernels.values.flatten(2).transpose(1, 2).contiguous()[:, :, None, None]  # (m, r·s·c, 1, 1, o)
-    return fold(convolve(y.values, taps, by_pixel, y.largest, kernels.largest), geometry)
+    return fold(convolve(y.values, taps, by_pixel, y.largest, kernels.largest, largest), geometry)
 
 
 def _correlate(x: Halved, y: Halved, geometry: Sequence[int]) -> Tensor:
@@ -371,7 +382,7 @@ def _launch(
 def _multiply(
     kernel: Any,
     grid: tuple[int, ...],
-    factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    factors: Sequence[Tensor | None],  # the first is one
     made: Tensor,
     numbers: Sequence[float],
     channels: tuple[int, int],
@@ -379,7 +390,7 @@ def _multiply(
     block: tuple[int, int, int],
 ) -> None:
     given = [made if factor is None else factor for factor in factors]
-    is_wide = factors[0].dtype == torch.float32
+    is_wide = given[0].dtype == torch.float32
     # Float32 as six products of its parts in bfloat16, on tensor cores: as exact as float32's own, in a quarter of the time.
     rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
     _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding), 8 if is_wide else 4)

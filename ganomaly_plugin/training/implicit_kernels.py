@@ -3,10 +3,10 @@
 All maps lie as `(n, h, w, m, c)` and all kernels as `(m, o, r, s, c)`: m models, c channels on the side of the larger map
 (h × w), o on that of the smaller one (p × q), r × s taps. Row (n, p, q) and tap (r, s) meet at the pixel
 (stride·p - padding + r, stride·q - padding + s); what lies outside is zero. Sums are in float32. Block sizes are powers of two.
-Where one divides the channels c, a block is of one tap; of few channels, as images have, a block is of several taps.
+Where one divides the channels c a block is of one tap, else it may be of several.
 
-Factors of float16 are scaled, a power of two for each model, see `halves`: `largest_` names what it goes by, which is not read
-for other factors.
+Factors of float16 are scaled, a power of two for each model, see `halves`: `largest_` names what it goes by, `largest` where
+it is noted of the maps that are made. For other factors these are neither read nor written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ganomaly_plugin.training.halves_kernels import exponent, power
+from ganomaly_plugin.training.halves_kernels import exponent, magnitude, power
 
 
 @triton.jit
@@ -25,11 +25,18 @@ def _unscaled(sums, factors, largest, largest_others, model):
 
 
 @triton.jit
+def _note(sums, factors, largest, model):
+    if factors.dtype.element_ty == tl.float16:
+        tl.atomic_max(largest + model, tl.max(tl.max(magnitude(sums), 1), 0))
+
+
+@triton.jit
 def convolve(
     x,  # (n, h, w, m, c)
     kernels,  # (m, o, r, s, c)
     largest_x,
     largest_kernels,
+    largest,  # of y, zeros at first
     y,  # (n, p, q, m, o)
     rows,  # n·p·q
     models,
@@ -78,6 +85,7 @@ def convolve(
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     sums = _unscaled(sums, x, largest_x, largest_kernels, model)
     sums = tl.where(sums > 0, sums, sums * slope)
+    _note(sums, x, largest, model)
     to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
     tl.store(to, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < O)[None, :])
 
@@ -88,6 +96,7 @@ def spread(
     kernels,  # (m, o, r, s, c)
     largest_y,
     largest_kernels,
+    largest,  # of x, zeros at first
     x,  # (n, h, w, m, c)
     images,  # n
     models,
@@ -141,6 +150,7 @@ def spread(
         b = tl.load(from_kernels + (o * (R * S) + r * S + s) * C, mask=column[None, :] < tl.where(is_tap, C, 0), other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     sums = _unscaled(sums, y, largest_y, largest_kernels, model)
+    _note(sums, y, largest, model)
     h, w = down * STRIDE_H + first_h, right * STRIDE_W + first_w
     to = x + (((n * H + h) * W + w) * models + model)[:, None] * C + column[None, :]
     tl.store(to, sums.to(x.dtype.element_ty), mask=is_row[:, None] & (column < C)[None, :])

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ganomaly_plugin.training import implicit
+from ganomaly_plugin.training.halves import remember, to_note
 from ganomaly_plugin.training.joined import activated
 
 _WARPS = 4
@@ -55,9 +56,9 @@ def _launch(kernel: Any, blocks: tuple[int, int, int], tensors: Sequence[Tensor]
 
 @torch.library.custom_op(
     "ganomaly_plugin::normalise",
-    mutates_args=("running_mean", "running_var"),
+    mutates_args=("running_mean", "running_var", "largest"),
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps,"
-    " float slope) -> (Tensor, Tensor, Tensor)",
+    " float slope, Tensor(c!)? largest=None) -> (Tensor, Tensor, Tensor)",
 )
 def normalise(
     x: Tensor,
@@ -68,10 +69,12 @@ def normalise(
     momentum: float,
     eps: float,
     slope: float,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(n, h, w, m, c)` normalised and activated, the means and 1 / standard deviations `(m, c)`.
 
-    Weights and running statistics are `(m, c)` and contiguous; the latter are updated.
+    Weights and running statistics are `(m, c)` and contiguous; the latter are updated. `largest` `(m,)`, zeros, is given each
+    model's largest magnitude, as `halves` has it.
     """
     from ganomaly_plugin.training import normalise_kernels
 
@@ -79,8 +82,9 @@ def normalise(
     y, mean, scale = _normalised(x, weight, bias, running_mean, running_var, momentum, eps, slope)
     parts = mean.new_empty(2, blocks[0], mean.numel())
     _launch(normalise_kernels.measure, blocks, (x, parts), ())
-    tensors = x, weight, bias, parts, y, mean, scale, running_mean, running_var
-    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope))
+    noted, models = (mean, 0) if largest is None else (largest, len(largest))
+    tensors = x, weight, bias, parts, y, mean, scale, running_mean, running_var, noted
+    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope, models))
     return y, mean, scale
 
 
@@ -94,33 +98,49 @@ def _normalised(
     momentum: float,
     eps: float,
     slope: float,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 @torch.library.custom_op(
     "ganomaly_plugin::normalise_backward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gradient, Tensor weight, Tensor bias, Tensor mean, Tensor scale, float slope)"
-    " -> (Tensor, Tensor, Tensor)",
+    mutates_args=("largest",),
+    schema="(Tensor x, Tensor gradient, Tensor weight, Tensor bias, Tensor mean, Tensor scale, float slope,"
+    " Tensor(a!)? largest=None) -> (Tensor, Tensor, Tensor)",
 )
 def normalise_backward(
-    x: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, slope: float
+    x: Tensor,
+    gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: float,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`."""
+    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`; `largest` is of the first."""
     from ganomaly_plugin.training import normalise_kernels
 
     given = x.contiguous(), gradient.contiguous(), weight, bias, mean, scale
     blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope)
     parts = mean.new_empty(2, blocks[0], mean.numel())
     _launch(normalise_kernels.measure_gradients, blocks, (*given, parts), (slope,))
-    _launch(normalise_kernels.differentiate, blocks, (*given, parts, *made), (slope,))
+    noted, models = (mean, 0) if largest is None else (largest, len(largest))
+    _launch(normalise_kernels.differentiate, blocks, (*given, parts, *made, noted), (slope, models))
     return made
 
 
 @normalise_backward.register_fake
 def _normalised_backward(
-    x: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor, slope: float
+    x: Tensor,
+    gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: float,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
@@ -128,16 +148,19 @@ def _normalised_backward(
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        y, mean, scale = normalise(x, weight, bias, *rest)
+        largest = to_note(x, len(weight))
+        y, mean, scale = normalise(x, weight, bias, *rest, largest)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.slope = rest[-1]
-        return y
+        return remember(y, largest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        return *normalise_backward(x, gradients[0], *others, ctx.slope), *(None,) * 5
+        largest = to_note(x, len(others[0]))
+        to_x, *to_others = normalise_backward(x, gradients[0], *others, ctx.slope, largest)
+        return remember(to_x, largest), *to_others, *(None,) * 5
 
 
 #: Of all models, with gradients: `(x, weight, bias, running_mean, running_var, momentum, eps, slope)`, as for `normalise`.

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ganomaly_plugin.training.halves_kernels import magnitude
+
 
 @triton.jit
 def _put_together(counts, means, squares):
@@ -37,6 +39,12 @@ def _store_parts(parts, one, other, column, columns, CHUNKS: tl.constexpr):
     at = parts + tl.program_id(1) * columns + column
     tl.store(at, one, mask=column < columns)
     tl.store(at + CHUNKS * columns, other, mask=column < columns)
+
+
+@triton.jit
+def _note(most, largest, column, columns, models):
+    """Note the largest of magnitudes `(ROWS, COLUMNS)` of each model."""
+    tl.atomic_max(largest + column // (columns // models), tl.max(most, 0), mask=column < columns)
 
 
 @triton.jit
@@ -83,12 +91,14 @@ def normalise(
     saved_scale,  # written: 1 / standard deviation
     running_mean,  # updated
     running_var,  # updated
+    largest,  # (models,), zeros at first, unless models is 0: what is written of the maps, as `halves` has it
     rows,
     columns,
     chunk,
     momentum,
     eps,
     slope,
+    models,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -115,13 +125,18 @@ def normalise(
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)
     offsets = row[:, None] * columns + column[None, :]
     steps = tl.cdiv(held, ROWS)
+    most = tl.zeros((ROWS, COLUMNS), tl.int32)
     for k in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - k) * ROWS
         inside = (start + row < held)[:, None] & is_column[None, :]
         there = (first + start).to(tl.int64) * columns
         apart = tl.load(x + there + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         z = apart * by + shift
-        tl.store(y + there + offsets, tl.where(z > 0, z, z * slope).to(y.dtype.element_ty), mask=inside)
+        z = tl.where(z > 0, z, z * slope)
+        most = tl.maximum(most, tl.where(inside, magnitude(z), 0))
+        tl.store(y + there + offsets, z.to(y.dtype.element_ty), mask=inside)
+    if models > 0:
+        _note(most, largest, column, columns, models)
 
 
 @triton.jit
@@ -178,10 +193,12 @@ def differentiate(
     to_x,  # (rows, columns), written
     to_weight,  # (columns,), written
     to_bias,  # (columns,), written
+    largest,  # (models,), zeros at first, unless models is 0: what is written of the maps, as `halves` has it
     rows,
     columns,
     chunk,
     slope,
+    models,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -205,6 +222,7 @@ def differentiate(
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)
     offsets = row[:, None] * columns + column[None, :]
     steps = tl.cdiv(held, ROWS)
+    most = tl.zeros((ROWS, COLUMNS), tl.int32)
     for k in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - k) * ROWS
         inside = (start + row < held)[:, None] & is_column[None, :]
@@ -213,4 +231,7 @@ def differentiate(
         g = tl.load(gradient + there + offsets, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(apart * by + shift > 0, g, g * slope)
         made = (g - even - apart * steep) * by
+        most = tl.maximum(most, tl.where(inside, magnitude(made), 0))
         tl.store(to_x + there + offsets, made.to(to_x.dtype.element_ty), mask=inside)
+    if models > 0:
+        _note(most, largest, column, columns, models)
