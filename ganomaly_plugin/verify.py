@@ -66,7 +66,7 @@ def _stacked(
     how: How | None = None,
 ) -> Replay:
     """The recorded training as the second of three models, mapped if `how` does not say; its neighbours see other images."""
-    how = how or ("grouped" if device.type == "cpu" else default_how(device, recipe.precision))
+    how = how or ("grouped" if device.type == "cpu" else default_how(device))
     stack = make_stack(recipe, [networks] * 3, seeds=[0, 1, 2], device=device, how=how, record=record_on(device))
     losses = [stack.step(torch.stack([batch.flip(0) * 0.5, batch, -batch])) for batch in batches]
     return _table([{name: value[1] for name, value in step.items()} for step in losses]), dict(stack.scoring_networks(1))

@@ -56,7 +56,7 @@ def test_the_fastest_way_is_taken_that_works(seconds, chosen, monkeypatch):
 
 def test_kernels_for_tensor_cores_are_tried_where_they_work(monkeypatch):
     asked = times(monkeypatch, implicit=1.0, matmul=2.0, grouped=3.0, streams=3.0)
-    monkeypatch.setattr(choice, "default_how", lambda device, precision: "implicit")
+    monkeypatch.setattr(choice, "default_how", lambda device: "implicit")
     assert way_for(recipe_of("ae", precision="tf32"), CHW, 3, LONG, GPU, None).how == "implicit" and "implicit" in asked
 
 

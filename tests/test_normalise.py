@@ -89,7 +89,7 @@ def test_an_outlier_spoils_no_statistics():
     x = random(16, 8, 1, 16, seed=0).movedim(0, 3).reshape(16, 8, 1, MODELS, 16)
     x[0, 0] = 1e4
     running = torch.zeros(MODELS, 16), torch.zeros(MODELS, 16)
-    normalise.normalise(x, torch.ones(MODELS, 16), torch.zeros(MODELS, 16), *running, 1.0, 1e-5, 1.0)
+    normalise.normalise(x, torch.ones(MODELS, 16), torch.zeros(MODELS, 16), *running, 1.0, 1e-5, 1.0, NOTHING)
     flat = x.double().flatten(0, 2)
     torch.testing.assert_close(running, (flat.mean(0).float(), flat.var(0).float()), rtol=1e-6, atol=1e-6)
 
@@ -100,6 +100,9 @@ def test_no_number_stays_none():
     running = torch.zeros(1, 4), torch.ones(1, 4)
     y = normalise_all(x, torch.ones(1, 4), torch.zeros(1, 4), *running, 0.1, 1e-5, 0.0)
     assert [bool(each.isnan().any()) for each in y.unbind(4)] == [False, True, False, False]
+
+
+NOTHING = torch.zeros(0, dtype=torch.int32)  # where nothing is noted
 
 
 def small(*, activation=nn.ReLU, **options) -> nn.Sequential:
@@ -225,8 +228,9 @@ def test_stacked_networks_are_those_of_the_plain_trainer(recipe):
 def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
     with FakeTensorMode():
         x, weights = torch.empty(4, 5, 5, MODELS, 8, device="cuda", dtype=dtype), torch.empty(4, MODELS, 8, device="cuda")
-        y, *statistics = normalise.normalise(x, *weights, 0.1, 1e-5, 0.2)
-        gradients = normalise.normalise_backward(x, y, *weights[:2], *statistics, 0.2)
+        nothing = x.new_zeros(0, dtype=torch.int32)
+        y, *statistics = normalise.normalise(x, *weights, 0.1, 1e-5, 0.2, nothing)
+        gradients = normalise.normalise_backward(x, y, *weights[:2], *statistics, 0.2, nothing)
     found = [y, *statistics, *gradients]
     expected = [x, *weights[:2], x, *weights[:2]]
     assert all(a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(found, expected, strict=True))

@@ -33,7 +33,7 @@ def way_for(
     recipe: Recipe, chw: tuple[int, int, int], models: int, steps: int, device: torch.device, record: Record | None
 ) -> Choice:
     """How to train so many models for `steps`: by `default_how`, or on a GPU, if it is worth a trial, by a faster way."""
-    default = default_how(device, recipe.precision)
+    default = default_how(device)
     if device.type == "cpu" or steps < LONG:
         return Choice(default, {})
     return fastest(recipe, chw, models, device, record, default)

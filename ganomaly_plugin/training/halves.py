@@ -97,20 +97,23 @@ def halved(x: Tensor, *, is_kernels: bool = False, activated: Tensor | None = No
     return Halved(halve(x, largest, is_kernels, activated, slope), largest)
 
 
-def to_note(x: Tensor, models: int) -> Tensor | None:
-    """Where to note the largest magnitudes of maps that are made of `x`; None where nobody will ask for them."""
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return x.new_zeros(models, dtype=torch.int32)
-    return None
+def are_halved(maps: Tensor) -> bool:
+    """Whether products of `maps` are of halves: in TF32."""
+    return maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def to_note(like: Tensor, models: int, *, wanted: bool) -> Tensor:
+    """Where the largest magnitudes of maps can be noted when they are made: zeros `(models,)`, `(0,)` if they aren't wanted."""
+    return like.new_zeros(models if wanted else 0, dtype=torch.int32)
 
 
 # What was noted of maps, so that they need not be read again only to be measured. Maps that are changed later are not known.
 _notes: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
 
 
-def remember(x: Tensor, largest: Tensor | None) -> Tensor:
-    """`x`, which fills its storage, and whose `largest` magnitudes are known from now on."""
-    if largest is not None:
+def remember(x: Tensor, largest: Tensor) -> Tensor:
+    """`x`, which fills its storage, and whose `largest` magnitudes, if any were noted, are known from now on."""
+    if len(largest):
         for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
             del _notes[key]
         storage = StorageWeakRef(x.untyped_storage())

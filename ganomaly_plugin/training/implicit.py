@@ -1,7 +1,9 @@
 """Convolutions of many models by kernels of our own, which read the patches where they lie: implicit matrix products.
 
-What `products` lays out in memory, and reads again, is most of what it moves. These kernels take wide layers only, which are
-nearly all of the arithmetic. They need a GPU and Triton, which torch brings along on Linux.
+What `products` lays out in memory, and reads again, is most of what it moves. These kernels leave only layers of a single place
+to it. They need a GPU and Triton, which torch brings along on Linux. Their factors are such as tensor cores take: of bfloat16
+as they are, in TF32 as halves (see `halves`), and those of float32 as three parts of bfloat16 each, of whose products the six
+largest are summed: as exact as float32's own, and faster.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Precision
-from ganomaly_plugin.training.halves import Halved, halved, remember
+from ganomaly_plugin.training.halves import Halved, are_halved, halved, remember, to_note
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.products import Geometry, is_wanted
 
@@ -124,31 +126,31 @@ def _geometry(numbers: Sequence[int]) -> Geometry:
     return Geometry(size, kernel, stride, padding)
 
 
-# They are operations of torch so that whoever watches operations, or fakes tensors, sees them.
-
-
-_FACTORS = "int[] geometry, Tensor? largest_one=None, Tensor? largest_other=None"
-_NOTED = "Tensor(a!)? largest=None"
+# They are operations of torch so that whoever watches operations, or fakes tensors, sees them. Factors of float16 come with
+# what they are scaled by, and of maps that are made of them `largest` is noted, as `halves` has it. No argument has a default:
+# torch 2.11 leaves out arguments that are as their default, and then looks for those that are changed in place.
+_FACTORS = "int[] geometry, Tensor? largest_one, Tensor? largest_other"
+_NOTED = "Tensor(a!) largest"
 
 
 @torch.library.custom_op(
     "ganomaly_plugin::convolve",
     mutates_args=("largest",),
-    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope=1.0) -> Tensor",
+    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope) -> Tensor",
 )
 def convolve(
     x: Tensor,
     kernels: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
-    largest: Tensor | None = None,
-    slope: float = 1.0,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
+    largest: Tensor,
+    slope: float,
 ) -> Tensor:
     """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1."""
     from ganomaly_plugin.training import implicit_kernels
 
-    y = _convolved(x, kernels, geometry)
+    y = _convolved(x, kernels, geometry, largest_one, largest_other, largest, slope)
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
     block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
@@ -162,10 +164,10 @@ def _convolved(
     x: Tensor,
     kernels: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
-    largest: Tensor | None = None,
-    slope: float = 1.0,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
+    largest: Tensor,
+    slope: float,
 ) -> Tensor:
     return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2], dtype=_of_products(x))
 
@@ -177,14 +179,14 @@ def spread(
     y: Tensor,
     kernels: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
-    largest: Tensor | None = None,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
+    largest: Tensor,
 ) -> Tensor:
     """`(n, p, q, m, o)` → `(n, h, w, m, c)`, which is `convolve` transposed."""
     from ganomaly_plugin.training import implicit_kernels
 
-    x = _spread_out(y, kernels, geometry)
+    x = _spread_out(y, kernels, geometry, largest_one, largest_other, largest)
     (height, width), (down, across) = _geometry(geometry).size, _geometry(geometry).stride
     rows = len(x) * -(-height // down) * -(-width // across)  # pixels that meet the same taps, at most
     models, c, o = x.shape[3], x.shape[4], y.shape[4]
@@ -200,9 +202,9 @@ def _spread_out(
     y: Tensor,
     kernels: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
-    largest: Tensor | None = None,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
+    largest: Tensor,
 ) -> Tensor:
     return y.new_empty(len(y), *_geometry(geometry).size, len(kernels), kernels.shape[4], dtype=_of_products(y))
 
@@ -212,13 +214,13 @@ def correlate(
     x: Tensor,
     y: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
 ) -> Tensor:
     """`(n, h, w, m, c)` and `(n, p, q, m, o)` → `(m, o, r, s, c)`, the gradient with respect to kernels, as float32."""
     from ganomaly_plugin.training import implicit_kernels
 
-    models, o, r, s, c = _correlated(x, y, geometry).shape
+    models, o, r, s, c = _correlated(x, y, geometry, largest_one, largest_other).shape
     rows = y.shape[:3].numel()
     block = _side(o), _dividing(r * s * c, _across(x)), _DEPTH[x.dtype]
     tiles = -(-o // block[0]) * (r * s * c // block[1])
@@ -234,8 +236,8 @@ def _correlated(
     x: Tensor,
     y: Tensor,
     geometry: Sequence[int],
-    largest_one: Tensor | None = None,
-    largest_other: Tensor | None = None,
+    largest_one: Tensor | None,
+    largest_other: Tensor | None,
 ) -> Tensor:
     return x.new_empty(x.shape[3], y.shape[4], *_geometry(geometry).kernel, x.shape[4], dtype=torch.float32)
 
@@ -272,7 +274,7 @@ def _function(
     class OfAll(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, maps: Tensor, kernels: Tensor, geometry: Geometry, slope: float) -> Tensor:
-            ctx.halves = maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+            ctx.halves = are_halved(maps)
             one, other = _factor(maps, ctx.halves), _factor(kernels.to(maps.dtype), ctx.halves, is_kernels=True)
             ctx.geometry, ctx.slope = _numbers(geometry), slope
             answer = forward(one, other, ctx.geometry, slope)
@@ -303,18 +305,18 @@ def _factor(values: Tensor, halves: bool, *, is_kernels: bool = False) -> Halved
 
 
 def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float = 1.0) -> Tensor:
-    largest = None if x.largest is None else torch.zeros_like(x.largest)
+    largest = to_note(x.values, x.values.shape[3], wanted=x.largest is not None)
     return remember(convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, largest, slope), largest)
 
 
 def _spread(y: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
     """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
-    largest = None if y.largest is None else torch.zeros_like(y.largest)
     if kernels.values.shape[4] >= _WIDTH:
+        largest = to_note(y.values, y.values.shape[3], wanted=y.largest is not None)
         return remember(spread(y.values, kernels.values, geometry, y.largest, kernels.largest, largest), largest)
     by_pixel = _numbers(Geometry(_geometry(geometry).places, (1, 1), (1, 1), (0, 0)))
     taps = kernels.values.flatten(2).transpose(1, 2).contiguous()[:, :, None, None]  # (m, r·s·c, 1, 1, o)
-    return fold(convolve(y.values, taps, by_pixel, y.largest, kernels.largest, largest), geometry)
+    return fold(_convolve(y, Halved(taps, kernels.largest), by_pixel), geometry)
 
 
 def _correlate(x: Halved, y: Halved, geometry: Sequence[int]) -> Tensor:
@@ -391,6 +393,5 @@ def _multiply(
 ) -> None:
     given = [made if factor is None else factor for factor in factors]
     is_wide = given[0].dtype == torch.float32
-    # Float32 as six products of its parts in bfloat16, on tensor cores: as exact as float32's own, in a quarter of the time.
     rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
     _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding), 8 if is_wide else 4)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ganomaly_plugin.training import implicit
-from ganomaly_plugin.training.halves import remember, to_note
+from ganomaly_plugin.training.halves import are_halved, remember, to_note
 from ganomaly_plugin.training.joined import activated
 
 _WARPS = 4
@@ -58,7 +58,7 @@ def _launch(kernel: Any, blocks: tuple[int, int, int], tensors: Sequence[Tensor]
     "ganomaly_plugin::normalise",
     mutates_args=("running_mean", "running_var", "largest"),
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps,"
-    " float slope, Tensor(c!)? largest=None) -> (Tensor, Tensor, Tensor)",
+    " float slope, Tensor(c!) largest) -> (Tensor, Tensor, Tensor)",
 )
 def normalise(
     x: Tensor,
@@ -69,22 +69,21 @@ def normalise(
     momentum: float,
     eps: float,
     slope: float,
-    largest: Tensor | None = None,
+    largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(n, h, w, m, c)` normalised and activated, the means and 1 / standard deviations `(m, c)`.
 
-    Weights and running statistics are `(m, c)` and contiguous; the latter are updated. `largest` `(m,)`, zeros, is given each
-    model's largest magnitude, as `halves` has it.
+    Weights and running statistics are `(m, c)` and contiguous; the latter are updated. In `largest` `(m,)`, zeros, each model's
+    largest magnitude is noted, as `halves` has it; if it is `(0,)` none is.
     """
     from ganomaly_plugin.training import normalise_kernels
 
     x, blocks = x.contiguous(), _blocks(x)
-    y, mean, scale = _normalised(x, weight, bias, running_mean, running_var, momentum, eps, slope)
+    y, mean, scale = _normalised(x, weight, bias, running_mean, running_var, momentum, eps, slope, largest)
     parts = mean.new_empty(2, blocks[0], mean.numel())
     _launch(normalise_kernels.measure, blocks, (x, parts), ())
-    noted, models = (mean, 0) if largest is None else (largest, len(largest))
-    tensors = x, weight, bias, parts, y, mean, scale, running_mean, running_var, noted
-    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope, models))
+    tensors = x, weight, bias, parts, y, mean, scale, running_mean, running_var, largest
+    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope, len(largest)))
     return y, mean, scale
 
 
@@ -98,7 +97,7 @@ def _normalised(
     momentum: float,
     eps: float,
     slope: float,
-    largest: Tensor | None = None,
+    largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -107,7 +106,7 @@ def _normalised(
     "ganomaly_plugin::normalise_backward",
     mutates_args=("largest",),
     schema="(Tensor x, Tensor gradient, Tensor weight, Tensor bias, Tensor mean, Tensor scale, float slope,"
-    " Tensor(a!)? largest=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor(a!) largest) -> (Tensor, Tensor, Tensor)",
 )
 def normalise_backward(
     x: Tensor,
@@ -117,17 +116,16 @@ def normalise_backward(
     mean: Tensor,
     scale: Tensor,
     slope: float,
-    largest: Tensor | None = None,
+    largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`; `largest` is of the first."""
     from ganomaly_plugin.training import normalise_kernels
 
     given = x.contiguous(), gradient.contiguous(), weight, bias, mean, scale
-    blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope)
+    blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope, largest)
     parts = mean.new_empty(2, blocks[0], mean.numel())
     _launch(normalise_kernels.measure_gradients, blocks, (*given, parts), (slope,))
-    noted, models = (mean, 0) if largest is None else (largest, len(largest))
-    _launch(normalise_kernels.differentiate, blocks, (*given, parts, *made, noted), (slope, models))
+    _launch(normalise_kernels.differentiate, blocks, (*given, parts, *made, largest), (slope, len(largest)))
     return made
 
 
@@ -140,7 +138,7 @@ def _normalised_backward(
     mean: Tensor,
     scale: Tensor,
     slope: float,
-    largest: Tensor | None = None,
+    largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
@@ -148,7 +146,7 @@ def _normalised_backward(
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        largest = to_note(x, len(weight))
+        largest = to_note(x, len(weight), wanted=are_halved(x))
         y, mean, scale = normalise(x, weight, bias, *rest, largest)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.slope = rest[-1]
@@ -158,7 +156,7 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        largest = to_note(x, len(others[0]))
+        largest = to_note(x, len(others[0]), wanted=are_halved(x))
         to_x, *to_others = normalise_backward(x, gradients[0], *others, ctx.slope, largest)
         return remember(to_x, largest), *to_others, *(None,) * 5
 
