@@ -93,10 +93,10 @@ class Recipe(ABC):
         criterion: What "normal-val" goes by, lower is better: a loss that the method logs, such as "generator" or
             "encoder", or "stability" of the held-out images' ranking from epoch to epoch.
         patience: "normal-val" stops after so many epochs without a better one.
-        precision: The arithmetic of training. "float32", as IEEE has it; "tf32", which rounds the factors of convolutions
-            and matrix products to 10 bits on GPUs that can, and is float32 elsewhere; or "bf16", in which the networks
-            run in bfloat16 while weights, losses, BatchNorm statistics and optimiser stay float32. Scores are always
-            computed in float32.
+        precision: The arithmetic of training. "float32", as exact as IEEE has it; "tf32", which rounds the factors of
+            convolutions and matrix products to 10 bits on GPUs that can, and is float32 elsewhere; or "bf16", in which the
+            networks run in bfloat16 while weights, losses, BatchNorm statistics and optimiser stay float32. Scores are
+            always computed in float32.
     """
 
     batch_size: int = 64

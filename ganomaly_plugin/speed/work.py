@@ -68,7 +68,7 @@ class _Counter(TorchDispatchMode):
 def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Bytes that an operation reads and writes."""
     name = func._schema.name.partition("::")[2]
-    if "empty" in name:  # writes nothing
+    if "empty" in name or name == "renew":  # writes nothing; or only what a model that collapsed needs
         return 0
     overwrites = name in ("copy_", "fill_", "zero_")  # in place, but what was there is not read
     only_shape = name.startswith("new_") or name.endswith("_like")
