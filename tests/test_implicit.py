@@ -274,6 +274,17 @@ def test_a_cpu_refuses_them_before_any_work(on_a_gpu, bench, tmp_path, golden):
     assert code == 2 and "kernels are for a GPU, and this is cpu. Use stacked-matmul." in err
 
 
+def test_operations_that_change_tensors_have_no_defaults():
+    """torch 2.11 leaves out arguments that are as their default, and then does not find those that are changed in place."""
+    changing = []
+    for name in ("convolve", "spread", "correlate", "fold", "measure", "halve", "normalise", "normalise_backward", "renew"):
+        arguments = getattr(torch.ops.ganomaly_plugin, name).default._schema.arguments
+        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments):
+            changing.append(name)
+            assert not any(argument.has_default_value() for argument in arguments)
+    assert changing == ["convolve", "spread", "normalise", "normalise_backward", "renew"]
+
+
 COMPILE = """
 import sys
 import triton
