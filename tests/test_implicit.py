@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
-from ganomaly_plugin.training import implicit
+from ganomaly_plugin.training import implicit, normalise
 from ganomaly_plugin.training.convolutions import in_order, layers_of_all
 from ganomaly_plugin.training.halves import halved
 from ganomaly_plugin.training.joined import joined
@@ -41,7 +41,7 @@ CONVOLUTIONS = {
     "in several blocks": (functional.conv2d, (1, 16, 11, 11), (144, 16, 2, 2), {"padding": 1}),
     "doubling": (functional.conv_transpose2d, (2, 32, 4, 3), (32, 16, 4, 4), HALVING),
     "to an odd map": (functional.conv_transpose2d, (2, 16, 4, 4), (16, 16, 3, 3), HALVING),
-    "to several blocks": (functional.conv_transpose2d, (2, 16, 4, 4), (16, 144, 3, 3), {**HALVING, "output_padding": 1}),
+    "to several blocks": (functional.conv_transpose2d, (1, 16, 2, 2), (16, 144, 3, 3), {**HALVING, "output_padding": 1}),
     "of a grey image, summed in parts": (functional.conv2d, (2, 1, 32, 32), (16, 1, 4, 4), HALVING),
     "of a coloured image": (functional.conv2d, (2, 3, 8, 6), (32, 3, 4, 4), HALVING),
     "to a grey image": (functional.conv_transpose2d, (2, 16, 4, 3), (16, 1, 4, 4), HALVING),
@@ -257,8 +257,10 @@ def test_a_want_of_memory_is_not_for_ever(on_a_gpu):
 
 
 def test_the_trial_holds_kernels_to_torch(monkeypatch):
+    monkeypatch.setattr(implicit, "_TRIED", (2, 16))
     monkeypatch.setattr(implicit, "_MAY_CHANGE", {"float32": 1e-5, "tf32": 1e-3})  # the interpreter cannot multiply bfloat16
     assert implicit._trial(CPU) < 1
+    monkeypatch.setattr(normalise, "error", lambda *given: torch.zeros(()))  # which takes its time
     right = implicit.correlate
     monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given).flip(2))
     assert implicit._trial(CPU) > 10
@@ -296,7 +298,7 @@ lengths = dict(H=16, W=16, P=8, Q=8, O=128, R=4, S=4, STRIDE_H=2, STRIDE_W=2, PA
 for number, depth, most, warps in (("fp32", 32, 64, 8), ("fp16", 64, 128, 4), ("bf16", 64, 128, 4)):
     for name, c, columns, summed in (
         ("convolve", 64, most, depth), ("spread", 64, 64, depth), ("correlate", 64, most, depth),
-        ("convolve", 1, most, 16), ("correlate", 1, 16, depth),
+        *((("convolve", 1, most, 16), ("correlate", 1, 16, depth)) if number == "fp16" else ()),
     ):
         kernel = getattr(implicit_kernels, name)
         constants = dict(lengths, C=c, ROWS=128, COLUMNS=columns, SUMMED=summed, ROUNDING="bf16x6")
@@ -324,4 +326,4 @@ def test_they_compile_for_a_gpu(tmp_path):
     )
     assert said.returncode == 0, said.stderr
     kernels = [line.split() for line in said.stdout.splitlines()]
-    assert len(kernels) == 15 and all(int(shared) < 100_000 and int(products) > 0 for *_, shared, products in kernels)
+    assert len(kernels) == 11 and all(int(shared) < 100_000 and int(products) > 0 for *_, shared, products in kernels)

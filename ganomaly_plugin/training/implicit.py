@@ -31,6 +31,7 @@ _DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # numbers t
 _MAPS = (torch.float32, torch.bfloat16)  # what maps may be
 Operation: TypeAlias = Callable[[Halved, Halved, Sequence[int]], Tensor]
 _ENOUGH = 512  # blocks that keep a GPU busy: for fewer results than that, sums are cut into parts
+_TRIED = 8, 128  # images and channels of a trial: a whole block
 #: What rounding may change, as a share of the largest number.
 _MAY_CHANGE: Mapping[Precision, float] = {"float32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}
 
@@ -67,10 +68,9 @@ def _trial(device: torch.device) -> float:
     from ganomaly_plugin.training import normalise  # which imports this module
 
     geometry = Geometry((8, 8), (4, 4), (2, 2), (1, 1))
-    rng = torch.Generator().manual_seed(0)
-    x, kernels, towards = (
-        torch.randn(*shape, generator=rng) for shape in ((8, 8, 8, 2, 128), (2, 128, 4, 4, 128), (8, 4, 4, 2, 128))
-    )
+    rng, (n, c) = torch.Generator().manual_seed(0), _TRIED
+    shapes = (n, *geometry.size, 2, c), (2, c, *geometry.kernel, c), (n, *geometry.places, 2, c)
+    x, kernels, towards = (torch.randn(*shape, generator=rng) for shape in shapes)
     theirs: list[list[Tensor]] = []
     for k in range(2):
         image, kernel, weights = (each.double() for each in (x[:, :, :, k], kernels[k], towards[:, :, :, k]))
