@@ -77,8 +77,13 @@ class Operations(TorchDispatchMode):
         return Counter({parts[name][2]: count for name, count in self.names.items() if parts[name][0] == "ganomaly_plugin"})
 
 
-@pytest.mark.parametrize(("name", "rounding"), [("float32", 1e-6), ("tf32", 1e-3)])
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+IN_TF32 = ("halving", "of an odd map", "doubling", "of a grey image, summed in parts", "of a coloured image", "to a grey image")
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "rounding"),
+    [*((case, "float32", 1e-6) for case in CONVOLUTIONS), *((case, "tf32", 1e-3) for case in IN_TF32)],
+)
 def test_kernels_convolve_as_each_model_does(case, name, rounding):
     layer, image, kernel, options = CONVOLUTIONS[case]
     out = kernel[1] if layer is functional.conv_transpose2d else kernel[0]
