@@ -11,7 +11,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU are carried 
 
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if needing and marker not in (config.option.markexpr or ""):
             config.hook.pytest_deselected(items=needing)
             items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[[str], list[list[str]]]:
+    """What a script prints that compiles Triton's kernels for a GPU, in a process that does not interpret them, in words."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch's Triton does not compile for CUDA")
+
+    def run(script: str) -> list[list[str]]:
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-W", "error", "-c", script]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stderr
+        return [line.split() for line in said.stdout.splitlines()]
+
+    return run

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -322,13 +319,7 @@ for number, depth, most, warps in (("fp32", 32, 64, 8), ("fp16", 64, 128, 4), ("
 """
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch's Triton does not compile for CUDA")
-def test_they_compile_for_a_gpu(tmp_path):
+def test_they_compile_for_a_gpu(compiled):
     """Of its compute capability 9.0, on which they are tensor-core products of 128 rows that share less than 100 kB."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    said = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert said.returncode == 0, said.stderr
-    kernels = [line.split() for line in said.stdout.splitlines()]
+    kernels = compiled(COMPILE)
     assert len(kernels) == 11 and all(int(shared) < 100_000 and int(products) > 0 for *_, shared, products in kernels)

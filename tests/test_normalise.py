@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_implicit import CPU, MODELS, Operations, random
@@ -259,14 +255,8 @@ for number, across in (("fp32", 32), ("bf16", 64)):
 """
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch's Triton does not compile for CUDA")
-def test_they_compile_for_a_gpu(tmp_path):
+def test_they_compile_for_a_gpu(compiled):
     """Of its compute capability 9.0, where each thread reads 16 bytes at a time, several reads ahead."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    said = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert said.returncode == 0, said.stderr
-    kernels = [line.split() for line in said.stdout.splitlines()]
+    kernels = compiled(COMPILE)
     assert len(kernels) == 8
     assert all(int(shared) < 40_000 and int(copies) == int(whole) > 0 for *_, shared, copies, whole in kernels)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from tape import record_tape
@@ -149,13 +145,7 @@ for aligned in (0, 1):
 """
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch's Triton does not compile for CUDA")
-def test_it_compiles_for_a_gpu(tmp_path):
+def test_it_compiles_for_a_gpu(compiled):
     """Of its compute capability 9.0, where threads write 16 bytes at a time if each model's numbers are a multiple of those."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    said = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert said.returncode == 0, said.stderr
-    (_, narrow), (shared, wide) = (map(int, line.split()) for line in said.stdout.splitlines())
+    (_, narrow), (shared, wide) = (map(int, words) for words in compiled(COMPILE))
     assert shared == 0 and narrow == 0 and wide == 4
