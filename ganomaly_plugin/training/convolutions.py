@@ -92,12 +92,16 @@ def _batch_norm_of_all(
     training: bool,
     momentum: float,
     eps: float,
+    implicit: bool,
+    slope: float,
 ) -> Tensor:
+    if implicit and training and suits(x, mean, variance, weight, bias):
+        return _maps(normalise_all(_pixels(x), weight, bias, mean, variance, momentum, eps, slope))
     side_by_side = x.transpose(0, 1).flatten(1, 2)  # (n, m·c, ...)
     mean, variance = (None if each is None else each.view(-1) for each in (mean, variance))  # which it changes in place
     weight, bias = (None if each is None else each.flatten() for each in (weight, bias))
     y = functional.batch_norm(side_by_side, mean, variance, weight, bias, training, momentum, eps)
-    return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+    return activated(y.unflatten(1, (len(x), -1)).transpose(0, 1), slope)
 
 
 _of_all_batch_norm = _mapped(_batch_norm_of_all)
@@ -112,41 +116,11 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
-    return _of_all_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def _batch_norm_activated_of_all(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    slope: float,
-) -> Tensor:
-    if training and suits(x, mean, variance, weight, bias):
-        return _maps(normalise_all(_pixels(x), weight, bias, mean, variance, momentum, eps, slope))
-    return activated(_batch_norm_of_all(x, mean, variance, weight, bias, training, momentum, eps), slope)
-
-
-_of_all_batch_norm_activated = _mapped(_batch_norm_activated_of_all)
-
-
-def _batch_norm_activated(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
     slope: float = 1.0,
+    *,
+    implicit: bool,
 ) -> Tensor:
-    return _of_all_batch_norm_activated(x, running_mean, running_var, weight, bias, training, momentum, eps, slope)
+    return _of_all_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, implicit, slope)
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -210,7 +184,8 @@ def _maps(pixels: Tensor) -> Tensor:
 
 
 def _biased(pixels: Tensor, bias: Tensor | None) -> Tensor:
-    return pixels if bias is None else pixels + bias.to(pixels.dtype)
+    bias = _like(pixels, bias)
+    return pixels if bias is None else pixels + bias
 
 
 def _like(x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -259,7 +234,7 @@ def _conv_transpose2d(
 
 _PRODUCTS = {torch.conv2d, torch.conv_transpose2d, conv2d_activated, functional.linear}
 _ANY_WAY: Mapping[Any, Callable[..., Tensor]] = {
-    functional.batch_norm: _batch_norm,
+    functional.batch_norm: functools.partial(_batch_norm, implicit=False),
     functional.leaky_relu: _leaky_relu,
     functional.relu: _relu,
 }
@@ -274,6 +249,6 @@ _FORMS: Mapping[Convolutions, Mapping[Any, Callable[..., Tensor]]] = {
         **_ANY_WAY,
         **dict.fromkeys((torch.conv2d, conv2d_activated), functools.partial(_conv2d, implicit=True)),
         torch.conv_transpose2d: functools.partial(_conv_transpose2d, implicit=True),
-        **dict.fromkeys((functional.batch_norm, batch_norm_activated), _batch_norm_activated),
+        **dict.fromkeys((functional.batch_norm, batch_norm_activated), functools.partial(_batch_norm, implicit=True)),
     },
 }

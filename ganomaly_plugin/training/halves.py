@@ -7,7 +7,6 @@ notice. Tensor cores take float16 at twice the speed, and factors of it as they 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -84,8 +83,7 @@ def _launch(
     grid = -(-rows // (down * math.prod(tiles))), models, -(-c // across)
     masked = others[0] is not None
     tensors = [x if each is None else each for each in (x, *others)]
-    on = torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
-    with on:
+    with torch.cuda.device_of(x):
         kernel[grid](*tensors, rows, *strides, slope, c, down, across, masked, *tiles, num_warps=4, enable_fp_fusion=True)
 
 

@@ -8,7 +8,6 @@ largest are summed: as exact as float32's own, and faster.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
@@ -364,8 +363,7 @@ def _launch(
     warps: int,
 ) -> None:
     *given, made = tensors
-    on = torch.cuda.device_of(made) if made.is_cuda else contextlib.nullcontext()
-    with on:
+    with torch.cuda.device_of(made):
         kernel[grid](
             *(tensor.contiguous() for tensor in given),
             made,

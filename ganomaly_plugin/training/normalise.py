@@ -7,7 +7,6 @@ the way "implicit" and need what that needs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,9 +44,8 @@ def _launch(kernel: Any, blocks: tuple[int, int, int], tensors: Sequence[Tensor]
     chunks, down, across = blocks
     rows, columns = x.shape[:3].numel(), x.shape[3:].numel()
     chunk = -(-rows // (chunks * down)) * down
-    on = torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
     grid = -(-columns // across), chunks
-    with on:
+    with torch.cuda.device_of(x):
         kernel[grid](*tensors, rows, columns, chunk, *numbers, *blocks, _STAGES, num_warps=_WARPS, enable_fp_fusion=True)
 
 

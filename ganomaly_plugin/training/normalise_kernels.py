@@ -42,6 +42,15 @@ def _store_parts(parts, one, other, column, columns, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _load_layer(saved_mean, saved_scale, weight, bias, column, is_column):
+    """What was done to these columns: their mean `(1, c)`, scale `(c,)`, and the factor and shift `(1, c)` of what was left."""
+    mean = tl.load(saved_mean + column, mask=is_column, other=0.0)[None, :]
+    scale = tl.load(saved_scale + column, mask=is_column, other=0.0)
+    by = (scale * tl.load(weight + column, mask=is_column, other=0.0))[None, :]
+    return mean, scale, by, tl.load(bias + column, mask=is_column, other=0.0)[None, :]
+
+
+@triton.jit
 def _note(most, largest, column, columns, models):
     """Note the largest of magnitudes `(ROWS, COLUMNS)` of each model."""
     tl.atomic_max(largest + column // (columns // models), tl.max(most, 0), mask=column < columns)
@@ -161,10 +170,7 @@ def measure_gradients(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     is_column = column < columns
-    mean = tl.load(saved_mean + column, mask=is_column, other=0.0)[None, :]
-    scale = tl.load(saved_scale + column, mask=is_column, other=0.0)
-    by = (scale * tl.load(weight + column, mask=is_column, other=0.0))[None, :]
-    shift = tl.load(bias + column, mask=is_column, other=0.0)[None, :]
+    mean, scale, by, shift = _load_layer(saved_mean, saved_scale, weight, bias, column, is_column)
     first = tl.program_id(1) * chunk
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)
     offsets = row[:, None] * columns + column[None, :]
@@ -213,10 +219,7 @@ def differentiate(
     if tl.program_id(1) == 0:
         tl.store(to_bias + column, of_bias, mask=is_column)
         tl.store(to_weight + column, of_weight, mask=is_column)
-    mean = tl.load(saved_mean + column, mask=is_column, other=0.0)[None, :]
-    scale = tl.load(saved_scale + column, mask=is_column, other=0.0)
-    by = (scale * tl.load(weight + column, mask=is_column, other=0.0))[None, :]
-    shift = tl.load(bias + column, mask=is_column, other=0.0)[None, :]
+    mean, scale, by, shift = _load_layer(saved_mean, saved_scale, weight, bias, column, is_column)
     even, steep = (of_bias / rows)[None, :], (of_weight * scale / rows)[None, :]
     first = tl.program_id(1) * chunk
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)

@@ -24,14 +24,14 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrices: Tensor) -> Tensor:
         ctx.save_for_backward(rows, matrices)
-        return by_row(rows, matrices)
+        return _by_row(rows, matrices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, matrices = ctx.saved_tensors
         gradient = gradients[0].transpose(0, 1)  # (m, rows, b)
-        to_rows = by_row(gradients[0], matrices.transpose(1, 2)) if is_wanted(ctx, 0) else None
+        to_rows = _by_row(gradients[0], matrices.transpose(1, 2)) if is_wanted(ctx, 0) else None
         to_matrices = None
         if is_wanted(ctx, 1):
             of_model = rows.transpose(0, 1)
@@ -51,8 +51,7 @@ def is_wanted(ctx: Any, k: int) -> bool:
     return node is not None and torch._C._will_engine_execute_node(node)
 
 
-def by_row(rows: Tensor, matrices: Tensor) -> Tensor:
-    """`multiply`, without gradients."""
+def _by_row(rows: Tensor, matrices: Tensor) -> Tensor:
     result = rows.new_empty(*rows.shape[:2], matrices.shape[2])
     torch.bmm(rows.transpose(0, 1), matrices, out=result.transpose(0, 1))
     return result

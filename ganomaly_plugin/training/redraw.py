@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 
@@ -54,8 +53,7 @@ def renew(weights: Tensor, spares: Tensor, spent: Tensor, below: Tensor) -> None
 
     models, numbers = weights.shape
     grid = min(-(-numbers // _BLOCK), -(-_PROGRAMS // models)), models
-    on = torch.cuda.device_of(weights) if weights.is_cuda else contextlib.nullcontext()
-    with on:
+    with torch.cuda.device_of(weights):
         constants, options = (len(spares) // models, _BLOCK), {"num_warps": 4, "enable_fp_fusion": True}
         redraw_kernels.renew[grid](weights, spares, spent, below, numbers, *constants, **options)
 
