@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 
@@ -149,7 +150,10 @@ def test_halves_are_as_good_as_tf32_for_numbers_of_any_size(scale):
 
 
 def test_what_is_made_is_not_measured_again():
-    """Magnitudes noted by the kernels that make maps are what would be measured; of maps changed later nothing is known."""
+    """Magnitudes noted by the kernels that make maps are what would be measured; of maps changed later nothing is known.
+
+    BatchNorm writes halves itself, by what its maps can be at most.
+    """
     x, kernels = torch.randn(2, 8, 8, 2, 16, generator=torch.Generator().manual_seed(0)), random(16, 4, 4, 16, seed=1)[:2]
     geometry = implicit.Geometry((8, 8), (4, 4), (2, 2), (1, 1))
     with precision("tf32"):
@@ -157,10 +161,18 @@ def test_what_is_made_is_not_measured_again():
         back = implicit.conv_transpose2d(y, kernels, geometry, 1.0)
         norm = [torch.rand(2, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)]
         z = normalise_all(y, *norm, 0.1, 1e-5, 0.2)
-    for made in (y, back, z):
+    for made in (y, back):
         with Operations() as operations:
             noted = halved(made).largest
         assert operations.ours() == {"halve": 1} and torch.equal(noted, made.abs().amax((0, 1, 2, 4)).view(torch.int32))
+    with Operations() as operations:
+        halves, noted = halved(z)
+        assert not operations.ours() and halved(z, activated=z, slope=0.2).largest is noted
+    assert operations.ours() == {"halve": 1}
+    most = noted.view(torch.float32)
+    assert (most >= z.abs().amax((0, 1, 2, 4))).all() and (most <= 1.01 * math.sqrt(z[..., 0, 0].numel()) + 1).all()
+    by = 2.0 ** (15 - torch.frexp(most).exponent)
+    assert (halves.double() / by[:, None] - z).abs().max() <= 2**-11 * z.abs().max()
     y.mul_(2)
     with Operations() as operations:
         assert torch.equal(halved(y).largest, y.abs().amax((0, 1, 2, 4)).view(torch.int32))

@@ -218,13 +218,19 @@ def test_stacked_networks_are_those_of_the_plain_trainer():
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
+    found: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     with FakeTensorMode():
         x, weights = torch.empty(4, 5, 5, MODELS, 8, device="cuda", dtype=dtype), torch.empty(4, MODELS, 8, device="cuda")
         nothing = x.new_zeros(0, dtype=torch.int32)
-        y, *statistics = normalise.normalise(x, *weights, 0.1, 1e-5, 0.2, nothing)
-        gradients = normalise.normalise_backward(x, y, *weights[:2], *statistics, 0.2, nothing)
-    found = [y, *statistics, *gradients]
-    expected = [x, *weights[:2], x, *weights[:2]]
+        for noted, halves in (
+            (nothing, torch.empty(0, device="cuda", dtype=torch.float16)),
+            (nothing.new_zeros(MODELS), x.half()),
+        ):
+            y, mean, scale, first = normalise.normalise(x, *weights, 0.1, 1e-5, 0.2, noted)
+            *gradients, second = normalise.normalise_backward(x, y, *weights[:2], mean, scale, 0.2, noted)
+            found += [y, mean, scale, first, *gradients, second]
+            expected += [x, *weights[:2], halves, x, *weights[:2], halves]
     assert all(a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(found, expected, strict=True))
 
 
@@ -235,13 +241,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ganomaly_plugin.training import normalise_kernels as kernels
 
-for number, across in (("fp32", 32), ("bf16", 64)):
+for number, across, halved in (("fp32", 32, False), ("fp32", 32, True), ("bf16", 64, False)):
     for kernel in (kernels.measure, kernels.normalise, kernels.measure_gradients, kernels.differentiate):
         names = kernel.arg_names
-        constants = dict(CHUNKS=16, ROWS=32, COLUMNS=across, STAGES=3)
+        constants = dict(HALVED=halved, CHUNKS=16, ROWS=32, COLUMNS=across, STAGES=3)
         kinds = dict.fromkeys(("x", "y", "gradient", "to_x"), "*" + number) | dict.fromkeys(constants, "constexpr")
-        kinds |= dict.fromkeys(("rows", "columns", "chunk", "models"), "i32") | {"largest": "*i32"}
-        kinds |= dict.fromkeys(("momentum", "eps", "slope"), "fp32")
+        kinds |= dict.fromkeys(("rows", "columns", "chunk", "models"), "i32") | {"largest": "*i32", "halves": "*fp16"}
+        kinds |= dict.fromkeys(("momentum", "eps", "slope", "reach"), "fp32")
         types = {name: kinds.get(name, "*fp32") for name in names}
         odd = {"models", *(name for name in names if types[name] in ("constexpr", "fp32"))}
         aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in odd}
@@ -258,5 +264,5 @@ for number, across in (("fp32", 32), ("bf16", 64)):
 def test_they_compile_for_a_gpu(compiled):
     """Of its compute capability 9.0, where each thread reads 16 bytes at a time, several reads ahead."""
     kernels = compiled(COMPILE)
-    assert len(kernels) == 8
+    assert len(kernels) == 12
     assert all(int(shared) < 40_000 and int(copies) == int(whole) > 0 for *_, shared, copies, whole in kernels)

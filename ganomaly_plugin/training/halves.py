@@ -20,7 +20,10 @@ _TILES = 4  # that a program measures
 
 
 class Halved(NamedTuple):
-    """Numbers of all models; a model's are `values · 2^-e`, where 2^e takes its `largest` number to between 2^14 and 2^15."""
+    """Numbers of all models; a model's are `values · 2^-e`, where 2^e takes its `largest` number to between 2^14 and 2^15.
+
+    `largest` may be larger than any number is: each power of two is one of 28 less by which small numbers keep all their bits.
+    """
 
     values: Tensor
     largest: Tensor | None  # int32 (m,), the bits of a float32; None where the values are what they say
@@ -88,8 +91,10 @@ def _launch(
 
 
 def halved(x: Tensor, *, is_kernels: bool = False, activated: Tensor | None = None, slope: float = 1.0) -> Halved:
-    """Contiguous `x` in halves, by its largest magnitudes if they are known, else measured."""
-    largest = _known(x)
+    """Contiguous `x` in halves: as they were written with it, else by its largest magnitudes if known, else measured."""
+    largest, halves = _known(x)
+    if halves is not None and activated is None:
+        return Halved(halves, largest)
     if largest is None:
         largest = measure(x, is_kernels, activated, slope)
     return Halved(halve(x, largest, is_kernels, activated, slope), largest)
@@ -105,23 +110,26 @@ def to_note(like: Tensor, models: int, *, wanted: bool) -> Tensor:
     return like.new_zeros(models if wanted else 0, dtype=torch.int32)
 
 
-# What was noted of maps, so that they need not be read again only to be measured. Maps that are changed later are not known.
-_notes: dict[int, tuple[StorageWeakRef, int, Tensor]] = {}
+# What was noted of maps, so that they need not be read again only to be measured, or halved. Maps changed later are not known.
+_notes: dict[int, tuple[StorageWeakRef, int, Tensor, Tensor | None]] = {}
 
 
-def remember(x: Tensor, largest: Tensor) -> Tensor:
-    """`x`, which fills its storage, and whose `largest` magnitudes, if any were noted, are known from now on."""
+def remember(x: Tensor, largest: Tensor, halves: Tensor | None = None) -> Tensor:
+    """`x`, which fills its storage; its `largest` magnitudes, if any were noted, and `halves` are known from now on."""
     if len(largest):
         for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
             del _notes[key]
         storage = StorageWeakRef(x.untyped_storage())
-        _notes[storage.cdata] = storage, x._version, largest
+        _notes[storage.cdata] = storage, x._version, largest, halves
     return x
 
 
-def _known(x: Tensor) -> Tensor | None:
+def _known(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The largest magnitudes of `x` and `x` in halves, if they were noted."""
     note = _notes.get(StorageWeakRef(x.untyped_storage()).cdata)
     if note is None:
-        return None
-    storage, version, largest = note
-    return None if storage.expired() or x._version != version else largest
+        return None, None
+    storage, version, largest, halves = note
+    if storage.expired() or x._version != version:
+        return None, None
+    return largest, halves if halves is not None and halves.shape == x.shape else None

@@ -1,7 +1,7 @@
 """Triton kernels of `halves`: float32 numbers as float16 ones times a power of two, a model's own.
 
 A model's numbers are `rows` of C that lie side by side, `row_stride` apart, a model's `model_stride` behind those of the one
-before. `largest` `(m,)` holds the bits of each model's largest magnitude, which sort as the numbers do.
+before. `largest` `(m,)` holds the bits of each model's largest magnitude, which sort as the numbers do, or of more than that.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def exponent(largest, model):
-    """The power of two that takes a model's largest number to between 2^14 and 2^15, near the largest float16."""
-    return tl.minimum(tl.maximum(14 + 127 - (tl.load(largest + model) >> 23), -100), 100)
+def exponent(bits):
+    """The power of two that takes the number of these bits to between 2^14 and 2^15, near the largest float16."""
+    return tl.minimum(tl.maximum(14 + 127 - (bits >> 23), -100), 100)
 
 
 @triton.jit
@@ -84,5 +84,5 @@ def halve(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (column < C)[None, :]
     at = model.to(tl.int64) * model_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    scaled = _load(x, activated, at, inside, slope, MASKED) * power(exponent(largest, model))
+    scaled = _load(x, activated, at, inside, slope, MASKED) * power(exponent(tl.load(largest + model)))
     tl.store(halves + at, scaled.to(tl.float16), mask=inside)

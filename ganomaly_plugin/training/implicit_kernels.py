@@ -20,7 +20,7 @@ from ganomaly_plugin.training.halves_kernels import exponent, magnitude, power
 @triton.jit
 def _unscaled(sums, factors, largest, largest_others, model):
     if factors.dtype.element_ty == tl.float16:
-        sums = sums * power(-exponent(largest, model)) * power(-exponent(largest_others, model))
+        sums = sums * power(-exponent(tl.load(largest + model))) * power(-exponent(tl.load(largest_others + model)))
     return sums
 
 

@@ -1,12 +1,14 @@
 """BatchNorm in training and the activation after it as one layer of many models, by kernels of our own.
 
 Such layers only move memory. Forwards these kernels read the maps twice and write them once; backwards they read the maps and
-the gradient twice and write one gradient. What the activation needs is computed again from BatchNorm's input. They are part of
-the way "implicit" and need what that needs.
+the gradient twice and write one gradient. In TF32 they write what they make in halves too, which the next convolution takes.
+What the activation needs is computed again from BatchNorm's input. They are part of the way "implicit", and need what that
+needs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +58,7 @@ def _launch(kernel: Any, blocks: tuple[int, int, int], tensors: Sequence[Tensor]
     "ganomaly_plugin::normalise",
     mutates_args=("running_mean", "running_var", "largest"),
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps,"
-    " float slope, Tensor(c!) largest) -> (Tensor, Tensor, Tensor)",
+    " float slope, Tensor(c!) largest) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def normalise(
     x: Tensor,
@@ -68,21 +70,36 @@ def normalise(
     eps: float,
     slope: float,
     largest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(n, h, w, m, c)` normalised and activated, the means and 1 / standard deviations `(m, c)`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(n, h, w, m, c)` normalised and activated, the means and 1 / standard deviations `(m, c)`, and the maps in halves.
 
-    Weights and running statistics are `(m, c)` and contiguous; the latter are updated. In `largest` `(m,)`, zeros, each model's
-    largest magnitude is noted, as `halves` has it; if it is `(0,)` none is.
+    Weights and running statistics are `(m, c)` and contiguous; the latter are updated. In `largest` `(m,)`, zeros, the largest
+    magnitude that each model's maps can have is noted, as `halves` has it; if it is `(0,)` there are no halves.
     """
     from ganomaly_plugin.training import normalise_kernels
 
     x, blocks = x.contiguous(), _blocks(x)
-    y, mean, scale = _normalised(x, weight, bias, running_mean, running_var, momentum, eps, slope, largest)
+    y, mean, scale, halves = _normalised(x, weight, bias, running_mean, running_var, momentum, eps, slope, largest)
     parts = mean.new_empty(2, blocks[0], mean.numel())
-    _launch(normalise_kernels.measure, blocks, (x, parts), ())
-    tensors = x, weight, bias, parts, y, mean, scale, running_mean, running_var, largest
-    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope, len(largest)))
-    return y, mean, scale
+    _launch(normalise_kernels.measure, blocks, (x, weight, bias, largest, parts), (_reach(x), *_noting(largest)))
+    tensors = x, weight, bias, parts, largest, y, halves, mean, scale, running_mean, running_var
+    _launch(normalise_kernels.normalise, blocks, tensors, (momentum, eps, slope, *_noting(largest)))
+    return y, mean, scale, halves
+
+
+def _reach(x: Tensor) -> float:
+    """How far from their mean numbers of a column of `x` can be, in standard deviations, and a little more for rounding."""
+    return 1.001 * math.sqrt(x.shape[:3].numel())
+
+
+def _noting(largest: Tensor) -> tuple[int, bool]:
+    """How many models there are to note something of, and whether there are any."""
+    return len(largest), len(largest) > 0
+
+
+def _halves(x: Tensor, largest: Tensor) -> Tensor:
+    """Where maps like `x` can be written in halves; nothing if no `largest` is wanted."""
+    return x.new_empty(x.shape if len(largest) else 0, dtype=torch.float16)
 
 
 @normalise.register_fake
@@ -96,15 +113,16 @@ def _normalised(
     eps: float,
     slope: float,
     largest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, scale = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), mean, scale, _halves(x, largest)
 
 
 @torch.library.custom_op(
     "ganomaly_plugin::normalise_backward",
     mutates_args=("largest",),
     schema="(Tensor x, Tensor gradient, Tensor weight, Tensor bias, Tensor mean, Tensor scale, float slope,"
-    " Tensor(a!) largest) -> (Tensor, Tensor, Tensor)",
+    " Tensor(a!) largest) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def normalise_backward(
     x: Tensor,
@@ -115,15 +133,17 @@ def normalise_backward(
     scale: Tensor,
     slope: float,
     largest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`; `largest` is of the first."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`, and the first in halves."""
     from ganomaly_plugin.training import normalise_kernels
 
     given = x.contiguous(), gradient.contiguous(), weight, bias, mean, scale
     blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope, largest)
     parts = mean.new_empty(2, blocks[0], mean.numel())
-    _launch(normalise_kernels.measure_gradients, blocks, (*given, parts), (slope,))
-    _launch(normalise_kernels.differentiate, blocks, (*given, parts, *made, largest), (slope, len(largest)))
+    _launch(normalise_kernels.measure_gradients, blocks, (*given, largest, parts), (slope, _reach(x), *_noting(largest)))
+    to_x, to_weight, to_bias, halves = made
+    tensors = *given, parts, largest, to_x, halves, to_weight, to_bias
+    _launch(normalise_kernels.differentiate, blocks, tensors, (slope, *_noting(largest)))
     return made
 
 
@@ -137,26 +157,26 @@ def _normalised_backward(
     scale: Tensor,
     slope: float,
     largest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), _halves(x, largest)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        largest = to_note(x, len(weight), wanted=are_halved(x))
-        y, mean, scale = normalise(x, weight, bias, *rest, largest)
-        ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.slope = rest[-1]
-        return remember(y, largest)
+        largest = to_note(x, len(weight), wanted=are_halved(x) and ctx.slope <= 1)
+        y, mean, scale, halves = normalise(x, weight, bias, *rest, largest)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return remember(y, largest, halves)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         largest = to_note(x, len(others[0]), wanted=are_halved(x))
-        to_x, *to_others = normalise_backward(x, gradients[0], *others, ctx.slope, largest)
-        return remember(to_x, largest), *to_others, *(None,) * 5
+        to_x, *to_others, halves = normalise_backward(x, gradients[0], *others, ctx.slope, largest)
+        return remember(to_x, largest, halves), *to_others, *(None,) * 5
 
 
 #: Of all models, with gradients: `(x, weight, bias, running_mean, running_var, momentum, eps, slope)`, as for `normalise`.

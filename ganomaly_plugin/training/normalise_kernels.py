@@ -6,6 +6,10 @@ of columns and one of CHUNKS chunks of rows, each of `chunk` rows but the last o
 through a chunk from its end, which was read last and may still be in the cache. Sums are in float32.
 
 A slope of 0 makes ReLU of LeakyReLU, a slope of 1 leaves it out.
+
+If HALVED the maps that are made are also written as float16, see `halves`. How large they can become is known before they are:
+of `rows` numbers none is further than sqrt(rows) standard deviations from their mean. So `largest` `(models,)`, zeros at first,
+is written by the first kernel of two and read by the second. `reach` is that root, a little rounded up.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ganomaly_plugin.training.halves_kernels import magnitude
+from ganomaly_plugin.training.halves_kernels import exponent, magnitude, power
 
 
 @triton.jit
@@ -52,17 +56,30 @@ def _load_layer(saved_mean, saved_scale, weight, bias, column, is_column):
 
 @triton.jit
 def _note(most, largest, column, columns, models):
-    """Note the largest of magnitudes `(ROWS, COLUMNS)` of each model."""
-    tl.atomic_max(largest + column // (columns // models), tl.max(most, 0), mask=column < columns)
+    """Note the largest magnitude `(COLUMNS,)` that the numbers of each column can have."""
+    tl.atomic_max(largest + column // (columns // models), magnitude(most), mask=column < columns)
+
+
+@triton.jit
+def _scale(largest, column, columns, models):
+    """The powers of two `(1, COLUMNS)` by which the halves of each column are multiplied."""
+    bits = tl.load(largest + column // (columns // models), mask=column < columns, other=0)
+    return power(exponent(bits))[None, :]
 
 
 @triton.jit
 def measure(
     x,  # (rows, columns)
+    weight,  # (columns,), as the next
+    bias,
+    largest,
     parts,  # (2, CHUNKS, columns), written: means and sums of squared deviations from them
     rows,
     columns,
     chunk,
+    reach,
+    models,
+    HALVED: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -87,6 +104,10 @@ def measure(
     counts = ((held - row + ROWS - 1) // ROWS).to(tl.float32)
     mean, square = _put_together(tl.where(held > 0, counts, 1.0), means, squares)
     _store_parts(parts, mean, square, column, columns, CHUNKS)
+    if HALVED and tl.program_id(1) == 0:
+        most = tl.abs(tl.load(weight + column, mask=column < columns, other=0.0)) * reach
+        most += tl.abs(tl.load(bias + column, mask=column < columns, other=0.0))
+        _note(most, largest, column, columns, models)
 
 
 @triton.jit
@@ -95,12 +116,13 @@ def normalise(
     weight,  # (columns,), as all that follow but y
     bias,
     parts,  # of `measure`
+    largest,
     y,  # (rows, columns), written
+    halves,  # (rows, columns), written
     saved_mean,  # written
     saved_scale,  # written: 1 / standard deviation
     running_mean,  # updated
     running_var,  # updated
-    largest,  # (models,), zeros at first, unless models is 0: what is written of the maps, as `halves` has it
     rows,
     columns,
     chunk,
@@ -108,6 +130,7 @@ def normalise(
     eps,
     slope,
     models,
+    HALVED: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -134,7 +157,7 @@ def normalise(
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)
     offsets = row[:, None] * columns + column[None, :]
     steps = tl.cdiv(held, ROWS)
-    most = tl.zeros((ROWS, COLUMNS), tl.int32)
+    by_halves = _scale(largest, column, columns, models) if HALVED else tl.zeros((1, COLUMNS), tl.float32)
     for k in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - k) * ROWS
         inside = (start + row < held)[:, None] & is_column[None, :]
@@ -142,10 +165,9 @@ def normalise(
         apart = tl.load(x + there + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         z = apart * by + shift
         z = tl.where(z > 0, z, z * slope)
-        most = tl.maximum(most, tl.where(inside, magnitude(z), 0))
         tl.store(y + there + offsets, z.to(y.dtype.element_ty), mask=inside)
-    if models > 0:
-        _note(most, largest, column, columns, models)
+        if HALVED:
+            tl.store(halves + there + offsets, (z * by_halves).to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -156,11 +178,15 @@ def measure_gradients(
     bias,
     saved_mean,
     saved_scale,
+    largest,
     parts,  # (2, CHUNKS, columns), written
     rows,
     columns,
     chunk,
     slope,
+    reach,
+    models,
+    HALVED: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -176,6 +202,7 @@ def measure_gradients(
     offsets = row[:, None] * columns + column[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    most = tl.zeros((ROWS, COLUMNS), tl.int32)
     for k in tl.range(0, tl.cdiv(held, ROWS), num_stages=STAGES):
         inside = (k * ROWS + row < held)[:, None] & is_column[None, :]
         there = (first + k * ROWS).to(tl.int64) * columns
@@ -184,7 +211,11 @@ def measure_gradients(
         g = tl.where(apart * by + shift > 0, g, g * slope)
         sums += g
         products += g * apart
+        most = tl.maximum(most, magnitude(g))
     _store_parts(parts, tl.sum(sums, 0), tl.sum(products, 0) * scale, column, columns, CHUNKS)
+    if HALVED:  # what is made is `by` times g, less a mean of it, less a mean of products by a deviation
+        steepest = tl.max(most, 0).to(tl.float32, bitcast=True)
+        _note(tl.abs(tl.sum(by, 0)) * (2.0 + reach) * steepest, largest, column, columns, models)
 
 
 @triton.jit
@@ -196,15 +227,17 @@ def differentiate(
     saved_mean,
     saved_scale,
     parts,  # of `measure_gradients`
+    largest,
     to_x,  # (rows, columns), written
+    halves,  # (rows, columns), written
     to_weight,  # (columns,), written
     to_bias,  # (columns,), written
-    largest,  # (models,), zeros at first, unless models is 0: what is written of the maps, as `halves` has it
     rows,
     columns,
     chunk,
     slope,
     models,
+    HALVED: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -225,7 +258,7 @@ def differentiate(
     held = tl.maximum(tl.minimum(chunk, rows - first), 0)
     offsets = row[:, None] * columns + column[None, :]
     steps = tl.cdiv(held, ROWS)
-    most = tl.zeros((ROWS, COLUMNS), tl.int32)
+    by_halves = _scale(largest, column, columns, models) if HALVED else tl.zeros((1, COLUMNS), tl.float32)
     for k in tl.range(0, steps, num_stages=STAGES):
         start = (steps - 1 - k) * ROWS
         inside = (start + row < held)[:, None] & is_column[None, :]
@@ -234,7 +267,6 @@ def differentiate(
         g = tl.load(gradient + there + offsets, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(apart * by + shift > 0, g, g * slope)
         made = (g - even - apart * steep) * by
-        most = tl.maximum(most, tl.where(inside, magnitude(made), 0))
         tl.store(to_x + there + offsets, made.to(to_x.dtype.element_ty), mask=inside)
-    if models > 0:
-        _note(most, largest, column, columns, models)
+        if HALVED:
+            tl.store(halves + there + offsets, (made * by_halves).to(tl.float16), mask=inside)
