@@ -228,7 +228,7 @@ def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
             (nothing.new_zeros(MODELS), x.half()),
         ):
             y, mean, scale, first = normalise.normalise(x, *weights, 0.1, 1e-5, 0.2, noted)
-            *gradients, second = normalise.normalise_backward(x, y, *weights[:2], mean, scale, 0.2, noted)
+            *gradients, second = normalise.normalise_backward(x, y, *weights[:2], mean, scale, 0.2, noted, noted)
             found += [y, mean, scale, first, *gradients, second]
             expected += [x, *weights[:2], halves, x, *weights[:2], halves]
     assert all(a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(found, expected, strict=True))

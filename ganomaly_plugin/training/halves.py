@@ -100,6 +100,18 @@ def halved(x: Tensor, *, is_kernels: bool = False, activated: Tensor | None = No
     return Halved(halve(x, largest, is_kernels, activated, slope), largest)
 
 
+def largest_of(maps: Tensor) -> Tensor:
+    """Each model's largest magnitude in contiguous `maps`, or more than that: as it was noted, else measured."""
+    largest, _ = _known(maps)
+    return measure(maps, False) if largest is None else largest
+
+
+def as_halves(maps: Tensor) -> Tensor:
+    """`maps` in halves if they are known, for who looks at signs only; else as they are."""
+    _, halves = _known(maps)
+    return maps if halves is None else halves
+
+
 def are_halved(maps: Tensor) -> bool:
     """Whether products of `maps` are of halves: in TF32."""
     return maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

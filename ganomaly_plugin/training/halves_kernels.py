@@ -23,6 +23,12 @@ def power(exponent):
 
 
 @triton.jit
+def number(bits):
+    """The float32 of these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def magnitude(x):
     """The bits of a float32's magnitude. A number that is none counts as larger than all."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

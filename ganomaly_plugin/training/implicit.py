@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Precision
-from ganomaly_plugin.training.halves import Halved, are_halved, halved, remember, to_note
+from ganomaly_plugin.training.halves import Halved, are_halved, as_halves, halved, remember, to_note
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.products import Geometry, is_wanted
 
@@ -29,6 +29,7 @@ _MOST = 128  # numbers along a side of a block of the result
 _DEPTH = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # numbers that a block sums at once: 128 bytes
 _MAPS = (torch.float32, torch.bfloat16)  # what maps may be
 Operation: TypeAlias = Callable[[Halved, Halved, Sequence[int]], Tensor]
+_FEW = 64  # products: sums of so many are not much less than what they can be at most
 _ENOUGH = 512  # blocks that keep a GPU busy: for fewer results than that, sums are cut into parts
 _TRIED = 8, 128  # images and channels of a trial: a whole block
 #: What rounding may change, as a share of the largest number.
@@ -135,7 +136,7 @@ _NOTED = "Tensor(a!) largest"
 @torch.library.custom_op(
     "ganomaly_plugin::convolve",
     mutates_args=("largest",),
-    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope) -> Tensor",
+    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope, bool halved) -> (Tensor, Tensor)",
 )
 def convolve(
     x: Tensor,
@@ -145,17 +146,23 @@ def convolve(
     largest_other: Tensor | None,
     largest: Tensor,
     slope: float,
-) -> Tensor:
-    """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1."""
+    halved: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1; and that in halves, if wanted.
+
+    Then `largest` is not what the maps have but the most that they can have, which is near it for sums of few products only.
+    """
     from ganomaly_plugin.training import implicit_kernels
 
-    y = _convolved(x, kernels, geometry, largest_one, largest_other, largest, slope)
+    y, halves = _convolved(x, kernels, geometry, largest_one, largest_other, largest, slope, halved)
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
     block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
-    factors = x, kernels, largest_one, largest_other, largest
-    _multiply(implicit_kernels.convolve, (tiles, models), factors, y, (rows, models, slope), (c, o), geometry, block)
-    return y
+    factors, flags = (x, kernels, largest_one, largest_other, largest, y), (len(largest) > 0, halved)
+    _multiply(
+        implicit_kernels.convolve, (tiles, models), factors, halves, (rows, models, slope), (c, o), geometry, block, *flags
+    )
+    return y, halves
 
 
 @convolve.register_fake
@@ -167,8 +174,10 @@ def _convolved(
     largest_other: Tensor | None,
     largest: Tensor,
     slope: float,
-) -> Tensor:
-    return x.new_empty(len(x), *_geometry(geometry).places, *kernels.shape[:2], dtype=_of_products(x))
+    halved: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = len(x), *_geometry(geometry).places, *kernels.shape[:2]
+    return x.new_empty(shape, dtype=_of_products(x)), x.new_empty(shape if halved else 0, dtype=torch.float16)
 
 
 @torch.library.custom_op(
@@ -192,7 +201,7 @@ def spread(
     block = _side(rows), _side(c, _across(y)), _dividing(o, _DEPTH[y.dtype])
     grid = -(-rows // block[0]) * -(-c // block[1]), models, down * across
     factors = y, kernels, largest_one, largest_other, largest
-    _multiply(implicit_kernels.spread, grid, factors, x, (len(x), models), (c, o), geometry, block)
+    _multiply(implicit_kernels.spread, grid, factors, x, (len(x), models), (c, o), geometry, block, len(largest) > 0)
     return x
 
 
@@ -277,7 +286,7 @@ def _function(
             one, other = _factor(maps, ctx.halves), _factor(kernels.to(maps.dtype), ctx.halves, is_kernels=True)
             ctx.geometry, ctx.slope = _numbers(geometry), slope
             answer = forward(one, other, ctx.geometry, slope)
-            ctx.save_for_backward(*one, *other, None if slope == 1 else answer)
+            ctx.save_for_backward(*one, *other, None if slope == 1 else as_halves(answer))
             return answer
 
         @staticmethod
@@ -303,19 +312,21 @@ def _factor(values: Tensor, halves: bool, *, is_kernels: bool = False) -> Halved
     return halved(values, is_kernels=is_kernels) if halves else Halved(values, None)
 
 
-def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float = 1.0) -> Tensor:
-    largest = to_note(x.values, x.values.shape[3], wanted=x.largest is not None)
-    return remember(convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, largest, slope), largest)
+def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float = 1.0, *, noted: bool = True) -> Tensor:
+    largest = to_note(x.values, x.values.shape[3], wanted=noted and x.largest is not None)
+    few = kernels.values.shape[2:].numel() <= _FEW and slope < 1 and len(largest) > 0
+    y, halves = convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, largest, slope, few)
+    return remember(y, largest, halves if few else None)
 
 
-def _spread(y: Halved, kernels: Halved, geometry: Sequence[int]) -> Tensor:
+def _spread(y: Halved, kernels: Halved, geometry: Sequence[int], *, noted: bool = True) -> Tensor:
     """`spread`; towards maps of few channels, which would leave its blocks all but empty, by way of patches."""
     if kernels.values.shape[4] >= _WIDTH:
-        largest = to_note(y.values, y.values.shape[3], wanted=y.largest is not None)
+        largest = to_note(y.values, y.values.shape[3], wanted=noted and y.largest is not None)
         return remember(spread(y.values, kernels.values, geometry, y.largest, kernels.largest, largest), largest)
     by_pixel = _numbers(Geometry(_geometry(geometry).places, (1, 1), (1, 1), (0, 0)))
     taps = kernels.values.flatten(2).transpose(1, 2).contiguous()[:, :, None, None]  # (m, r·s·c, 1, 1, o)
-    return fold(_convolve(y, Halved(taps, kernels.largest), by_pixel), geometry)
+    return fold(_convolve(y, Halved(taps, kernels.largest), by_pixel, noted=False), geometry)
 
 
 def _correlate(x: Halved, y: Halved, geometry: Sequence[int]) -> Tensor:
@@ -326,15 +337,20 @@ def _correlate_turned(y: Halved, x: Halved, geometry: Sequence[int]) -> Tensor:
     return _correlate(x, y, geometry)
 
 
-def _spread_only(y: Halved, kernels: Halved, geometry: Sequence[int], slope: float) -> Tensor:
+def _convolve_forwards(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float) -> Tensor:
+    """Noted is what an activation leaves, for the next convolution; without one BatchNorm comes first, and notes."""
+    return _convolve(x, kernels, geometry, slope, noted=slope != 1)
+
+
+def _spread_forwards(y: Halved, kernels: Halved, geometry: Sequence[int], slope: float) -> Tensor:
     assert slope == 1, "nothing after `spread` is carried out with it"
-    return _spread(y, kernels, geometry)
+    return _spread(y, kernels, geometry, noted=False)
 
 
 #: Of all models: maps `(n, h, w, m, c)` and kernels `(m, o, r, s, c)` → `(n, p, q, m, o)`, then LeakyReLU.
-conv2d = _function(_convolve, _spread, _correlate)
+conv2d = _function(_convolve_forwards, _spread, _correlate)
 #: Of all models: maps `(n, p, q, m, o)` and kernels `(m, o, r, s, c)` → `(n, h, w, m, c)`; the slope must be 1.
-conv_transpose2d = _function(_spread_only, _convolve, _correlate_turned)
+conv_transpose2d = _function(_spread_forwards, _convolve, _correlate_turned)
 
 
 def _side(numbers: int, most: int = _MOST) -> int:
@@ -388,8 +404,9 @@ def _multiply(
     channels: tuple[int, int],
     geometry: Sequence[int],
     block: tuple[int, int, int],
+    *noted: bool,
 ) -> None:
     given = [made if factor is None else factor for factor in factors]
     is_wide = given[0].dtype == torch.float32
     rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
-    _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding), 8 if is_wide else 4)
+    _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding, *noted), 8 if is_wide else 4)

@@ -6,7 +6,7 @@ All maps lie as `(n, h, w, m, c)` and all kernels as `(m, o, r, s, c)`: m models
 Where one divides the channels c a block is of one tap, else it may be of several.
 
 Factors of float16 are scaled, a power of two for each model, see `halves`: `largest_` names what it goes by, `largest` where
-it is noted of the maps that are made. For other factors these are neither read nor written.
+it is noted of the maps that are made, if NOTED. For other factors these are not read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ganomaly_plugin.training.halves_kernels import exponent, magnitude, power
+from ganomaly_plugin.training.halves_kernels import exponent, magnitude, number, power
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def _unscaled(sums, factors, largest, largest_others, model):
 
 
 @triton.jit
-def _note(sums, factors, largest, model):
-    if factors.dtype.element_ty == tl.float16:
+def _note(sums, largest, model, NOTED: tl.constexpr):
+    if NOTED:
         tl.atomic_max(largest + model, tl.max(tl.max(magnitude(sums), 1), 0))
 
 
@@ -38,6 +38,7 @@ def convolve(
     largest_kernels,
     largest,  # of y, zeros at first
     y,  # (n, p, q, m, o)
+    halves,  # (n, p, q, m, o), y in halves, written if HALVED, by the most that so few products can sum up to
     rows,  # n·p·q
     models,
     slope,  # of LeakyReLU, 1 for none
@@ -57,6 +58,8 @@ def convolve(
     COLUMNS: tl.constexpr,
     SUMMED: tl.constexpr,
     ROUNDING: tl.constexpr,
+    NOTED: tl.constexpr,
+    HALVED: tl.constexpr,
 ):
     """Rows of pixels of `y` by columns of its channels, summed over taps and channels of `x`."""
     model = tl.program_id(1).to(tl.int64)
@@ -85,9 +88,15 @@ def convolve(
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     sums = _unscaled(sums, x, largest_x, largest_kernels, model)
     sums = tl.where(sums > 0, sums, sums * slope)
-    _note(sums, x, largest, model)
-    to = y + (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
-    tl.store(to, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < O)[None, :])
+    to = (row.to(tl.int64) * models + model)[:, None] * O + column[None, :]
+    is_y = (row < rows)[:, None] & (column < O)[None, :]
+    tl.store(y + to, sums.to(y.dtype.element_ty), mask=is_y)
+    if HALVED:
+        most = number(tl.load(largest_x + model)) * number(tl.load(largest_kernels + model)) * (1.001 * R * S * C)
+        tl.store(largest + model, magnitude(most))
+        tl.store(halves + to, (sums * power(exponent(magnitude(most)))).to(tl.float16), mask=is_y)
+    else:
+        _note(sums, largest, model, NOTED)
 
 
 @triton.jit
@@ -116,6 +125,7 @@ def spread(
     COLUMNS: tl.constexpr,
     SUMMED: tl.constexpr,
     ROUNDING: tl.constexpr,
+    NOTED: tl.constexpr,
 ):
     """Rows of pixels of `x` by columns of its channels, summed over channels of `y` and the taps that meet these pixels.
 
@@ -150,7 +160,7 @@ def spread(
         b = tl.load(from_kernels + (o * (R * S) + r * S + s) * C, mask=column[None, :] < tl.where(is_tap, C, 0), other=0.0)
         sums = tl.dot(a, b, sums, input_precision=ROUNDING)
     sums = _unscaled(sums, y, largest_y, largest_kernels, model)
-    _note(sums, y, largest, model)
+    _note(sums, largest, model, NOTED)
     h, w = down * STRIDE_H + first_h, right * STRIDE_W + first_w
     to = x + (((n * H + h) * W + w) * models + model)[:, None] * C + column[None, :]
     tl.store(to, sums.to(x.dtype.element_ty), mask=is_row[:, None] & (column < C)[None, :])

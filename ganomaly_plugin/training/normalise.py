@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ganomaly_plugin.training import implicit
-from ganomaly_plugin.training.halves import are_halved, remember, to_note
+from ganomaly_plugin.training.halves import are_halved, largest_of, remember, to_note
 from ganomaly_plugin.training.joined import activated
 
 _WARPS = 4
@@ -122,7 +122,7 @@ def _normalised(
     "ganomaly_plugin::normalise_backward",
     mutates_args=("largest",),
     schema="(Tensor x, Tensor gradient, Tensor weight, Tensor bias, Tensor mean, Tensor scale, float slope,"
-    " Tensor(a!) largest) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor largest_gradient, Tensor(a!) largest) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def normalise_backward(
     x: Tensor,
@@ -132,18 +132,23 @@ def normalise_backward(
     mean: Tensor,
     scale: Tensor,
     slope: float,
+    largest_gradient: Tensor,
     largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`, and the first in halves."""
+    """The gradients with respect to the maps `(n, h, w, m, c)`, the weight and the bias `(m, c)`, and the first in halves.
+
+    `largest_gradient` is what is known of the `gradient` where halves are wanted, `largest` as in `normalise`.
+    """
     from ganomaly_plugin.training import normalise_kernels
 
     given = x.contiguous(), gradient.contiguous(), weight, bias, mean, scale
-    blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope, largest)
+    blocks, made = _blocks(x), _normalised_backward(x, gradient, weight, bias, mean, scale, slope, largest_gradient, largest)
     parts = mean.new_empty(2, blocks[0], mean.numel())
-    _launch(normalise_kernels.measure_gradients, blocks, (*given, largest, parts), (slope, _reach(x), *_noting(largest)))
+    tensors = *given, largest_gradient, largest, parts
+    _launch(normalise_kernels.measure_gradients, blocks, tensors, (slope, _reach(x), *_noting(largest)))
     to_x, to_weight, to_bias, halves = made
-    tensors = *given, parts, largest, to_x, halves, to_weight, to_bias
-    _launch(normalise_kernels.differentiate, blocks, tensors, (slope, *_noting(largest)))
+    others = parts, largest, to_x, halves, to_weight, to_bias
+    _launch(normalise_kernels.differentiate, blocks, (*given, *others), (slope, *_noting(largest)))
     return made
 
 
@@ -156,6 +161,7 @@ def _normalised_backward(
     mean: Tensor,
     scale: Tensor,
     slope: float,
+    largest_gradient: Tensor,
     largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), _halves(x, largest)
@@ -174,8 +180,10 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        largest = to_note(x, len(others[0]), wanted=are_halved(x))
-        to_x, *to_others, halves = normalise_backward(x, gradients[0], *others, ctx.slope, largest)
+        gradient, wanted = gradients[0].contiguous(), are_halved(x) and ctx.slope <= 1
+        largest = to_note(x, len(others[0]), wanted=wanted)
+        of_gradient = largest_of(gradient) if wanted else largest
+        to_x, *to_others, halves = normalise_backward(x, gradient, *others, ctx.slope, of_gradient, largest)
         return remember(to_x, largest, halves), *to_others, *(None,) * 5
 
 

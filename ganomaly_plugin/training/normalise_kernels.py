@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ganomaly_plugin.training.halves_kernels import exponent, magnitude, power
+from ganomaly_plugin.training.halves_kernels import exponent, magnitude, number, power
 
 
 @triton.jit
@@ -178,6 +178,7 @@ def measure_gradients(
     bias,
     saved_mean,
     saved_scale,
+    largest_gradient,  # (models,)
     largest,
     parts,  # (2, CHUNKS, columns), written
     rows,
@@ -202,7 +203,6 @@ def measure_gradients(
     offsets = row[:, None] * columns + column[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
-    most = tl.zeros((ROWS, COLUMNS), tl.int32)
     for k in tl.range(0, tl.cdiv(held, ROWS), num_stages=STAGES):
         inside = (k * ROWS + row < held)[:, None] & is_column[None, :]
         there = (first + k * ROWS).to(tl.int64) * columns
@@ -211,10 +211,10 @@ def measure_gradients(
         g = tl.where(apart * by + shift > 0, g, g * slope)
         sums += g
         products += g * apart
-        most = tl.maximum(most, magnitude(g))
     _store_parts(parts, tl.sum(sums, 0), tl.sum(products, 0) * scale, column, columns, CHUNKS)
-    if HALVED:  # what is made is `by` times g, less a mean of it, less a mean of products by a deviation
-        steepest = tl.max(most, 0).to(tl.float32, bitcast=True)
+    if HALVED and tl.program_id(1) == 0:
+        # what is made is `by` times g, less a mean of g, less a deviation times a mean of products with deviations
+        steepest = number(tl.load(largest_gradient + column // (columns // models), mask=is_column, other=0))
         _note(tl.abs(tl.sum(by, 0)) * (2.0 + reach) * steepest, largest, column, columns, models)
 
 
