@@ -83,7 +83,7 @@ def main(out: Path, name: str, models: int, ways: list[str]) -> None:
         median = statistics.median(times[1:])
         print(
             f"{name} {way}: {median:.3f} ms a step of {step.models} ({min(times[1:]):.3f} to {max(times[1:]):.3f}),"
-            f" {MFLOP * step.images / median / 1e6:.1f} TFLOP/s, {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB,"
+            f" {MFLOP * step.images / median / 1e3:.1f} TFLOP/s, {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB,"
             f" ready in {ready:.1f} s",
             flush=True,
         )
