@@ -122,12 +122,17 @@ def to_note(like: Tensor, models: int, *, wanted: bool) -> Tensor:
     return like.new_zeros(models if wanted else 0, dtype=torch.int32)
 
 
+def to_halve(like: Tensor, shape: Sequence[int], *, wanted: bool) -> Tensor:
+    """Where maps of a `shape` can be written in halves when they are made; `(0,)` if that isn't wanted."""
+    return like.new_empty(shape if wanted else (0,), dtype=torch.float16)
+
+
 # What was noted of maps, so that they need not be read again only to be measured, or halved. Maps changed later are not known.
 _notes: dict[int, tuple[StorageWeakRef, int, Tensor, Tensor | None]] = {}
 
 
 def remember(x: Tensor, largest: Tensor, halves: Tensor | None = None) -> Tensor:
-    """`x`, which fills its storage; its `largest` magnitudes, if any were noted, and `halves` are known from now on."""
+    """`x`, which fills its storage; its `largest` magnitudes, if noted, and `halves`, if written, are known from now on."""
     if len(largest):
         for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
             del _notes[key]

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Precision
-from ganomaly_plugin.training.halves import Halved, are_halved, as_halves, halved, remember, to_note
+from ganomaly_plugin.training.halves import Halved, are_halved, as_halves, halved, remember, to_halve, to_note
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.products import Geometry, is_wanted
 
@@ -136,7 +136,7 @@ _NOTED = "Tensor(a!) largest"
 @torch.library.custom_op(
     "ganomaly_plugin::convolve",
     mutates_args=("largest",),
-    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope, bool halved) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, Tensor kernels, {_FACTORS}, {_NOTED}, float slope, bool with_halves) -> (Tensor, Tensor)",
 )
 def convolve(
     x: Tensor,
@@ -146,7 +146,7 @@ def convolve(
     largest_other: Tensor | None,
     largest: Tensor,
     slope: float,
-    halved: bool,
+    with_halves: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(n, h, w, m, c)` → `(n, p, q, m, o)`, and LeakyReLU of it, unless its slope is 1; and that in halves, if wanted.
 
@@ -154,11 +154,11 @@ def convolve(
     """
     from ganomaly_plugin.training import implicit_kernels
 
-    y, halves = _convolved(x, kernels, geometry, largest_one, largest_other, largest, slope, halved)
+    y, halves = _convolved(x, kernels, geometry, largest_one, largest_other, largest, slope, with_halves)
     rows, (models, o), c = y.shape[:3].numel(), y.shape[3:], x.shape[4]
     block = _side(rows), _side(o, _across(x)), _dividing(_at_once(c, kernels.shape[2:4].numel()), _DEPTH[x.dtype])
     tiles = -(-rows // block[0]) * -(-o // block[1])
-    factors, flags = (x, kernels, largest_one, largest_other, largest, y), (len(largest) > 0, halved)
+    factors, flags = (x, kernels, largest_one, largest_other, largest, y), (len(largest) > 0, with_halves)
     _multiply(
         implicit_kernels.convolve, (tiles, models), factors, halves, (rows, models, slope), (c, o), geometry, block, *flags
     )
@@ -174,10 +174,10 @@ def _convolved(
     largest_other: Tensor | None,
     largest: Tensor,
     slope: float,
-    halved: bool,
+    with_halves: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = len(x), *_geometry(geometry).places, *kernels.shape[:2]
-    return x.new_empty(shape, dtype=_of_products(x)), x.new_empty(shape if halved else 0, dtype=torch.float16)
+    return x.new_empty(shape, dtype=_of_products(x)), to_halve(x, shape, wanted=with_halves)
 
 
 @torch.library.custom_op(
@@ -316,7 +316,7 @@ def _convolve(x: Halved, kernels: Halved, geometry: Sequence[int], slope: float 
     largest = to_note(x.values, x.values.shape[3], wanted=noted and x.largest is not None)
     few = kernels.values.shape[2:].numel() <= _FEW and slope < 1 and len(largest) > 0
     y, halves = convolve(x.values, kernels.values, geometry, x.largest, kernels.largest, largest, slope, few)
-    return remember(y, largest, halves if few else None)
+    return remember(y, largest, halves)
 
 
 def _spread(y: Halved, kernels: Halved, geometry: Sequence[int], *, noted: bool = True) -> Tensor:
@@ -404,9 +404,9 @@ def _multiply(
     channels: tuple[int, int],
     geometry: Sequence[int],
     block: tuple[int, int, int],
-    *noted: bool,
+    *flags: bool,
 ) -> None:
     given = [made if factor is None else factor for factor in factors]
     is_wide = given[0].dtype == torch.float32
     rounding = "bf16x6" if is_wide and not _is_interpreted() else "ieee"
-    _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding, *noted), 8 if is_wide else 4)
+    _launch(kernel, grid, (*given, made), numbers, geometry, channels, (*block, rounding, *flags), 8 if is_wide else 4)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ganomaly_plugin.training import implicit
-from ganomaly_plugin.training.halves import are_halved, largest_of, remember, to_note
+from ganomaly_plugin.training.halves import are_halved, largest_of, remember, to_halve, to_note
 from ganomaly_plugin.training.joined import activated
 
 _WARPS = 4
@@ -97,11 +97,6 @@ def _noting(largest: Tensor) -> tuple[int, bool]:
     return len(largest), len(largest) > 0
 
 
-def _halves(x: Tensor, largest: Tensor) -> Tensor:
-    """Where maps like `x` can be written in halves; nothing if no `largest` is wanted."""
-    return x.new_empty(x.shape if len(largest) else 0, dtype=torch.float16)
-
-
 @normalise.register_fake
 def _normalised(
     x: Tensor,
@@ -115,7 +110,7 @@ def _normalised(
     largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, scale = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-    return x.new_empty(x.shape), mean, scale, _halves(x, largest)
+    return x.new_empty(x.shape), mean, scale, to_halve(x, x.shape, wanted=len(largest) > 0)
 
 
 @torch.library.custom_op(
@@ -164,7 +159,12 @@ def _normalised_backward(
     largest_gradient: Tensor,
     largest: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), _halves(x, largest)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        to_halve(x, x.shape, wanted=len(largest) > 0),
+    )
 
 
 class _Normalise(torch.autograd.Function):
