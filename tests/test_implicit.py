@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.training import implicit, normalise
+from ganomaly_plugin.training import trial as the_trial
 from ganomaly_plugin.training.convolutions import in_order, layers_of_all
 from ganomaly_plugin.training.halves import halved
 from ganomaly_plugin.training.joined import joined
@@ -243,10 +244,10 @@ def test_a_gpu_gets_the_shapes_that_it_expects(dtype):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """As on a GPU, whose `_trial` answers what the test wants."""
-    monkeypatch.setattr(implicit, "_is_interpreted", lambda: False)
-    implicit._why_not.cache_clear()
-    yield lambda trial: monkeypatch.setattr(implicit, "_trial", trial)
-    implicit._why_not.cache_clear()
+    monkeypatch.setattr(implicit, "is_interpreted", lambda: False)
+    the_trial._why_not.cache_clear()
+    yield lambda trial: monkeypatch.setattr(the_trial, "_trial", trial)
+    the_trial._why_not.cache_clear()
 
 
 def refused(device):
@@ -259,7 +260,7 @@ def refused(device):
 )
 def test_kernels_are_tried_before_they_are_trusted(trial, reason, on_a_gpu):
     on_a_gpu(trial)
-    found = implicit.why_not_implicit(torch.device("cuda"))
+    found = the_trial.why_not_implicit(torch.device("cuda"))
     assert found is None if reason is None else reason in found
     assert default_how(torch.device("cuda")) == ("implicit" if reason is None else "matmul") and default_how(CPU) == "turns"
 
@@ -269,21 +270,21 @@ def test_a_want_of_memory_is_not_for_ever(on_a_gpu):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     on_a_gpu(full)
-    assert "out of memory" in implicit.why_not_implicit(torch.device("cuda"))
+    assert "out of memory" in the_trial.why_not_implicit(torch.device("cuda"))
     on_a_gpu(lambda _: 0.1)
-    assert implicit.why_not_implicit(torch.device("cuda")) is None
+    assert the_trial.why_not_implicit(torch.device("cuda")) is None
 
 
 def test_the_trial_holds_kernels_to_torch(monkeypatch):
-    monkeypatch.setattr(implicit, "_TRIED", (2, 16))
-    monkeypatch.setattr(implicit, "_MAY_CHANGE", {"float32": 1e-5, "tf32": 1e-3})  # the interpreter cannot multiply bfloat16
-    assert implicit._trial(CPU) < 1
+    monkeypatch.setattr(the_trial, "_TRIED", (2, 16))
+    monkeypatch.setattr(the_trial, "_MAY_CHANGE", {"float32": 1e-5, "tf32": 1e-3})  # the interpreter cannot multiply bfloat16
+    assert the_trial._trial(CPU) < 1
     monkeypatch.setattr(normalise, "error", lambda *given: torch.zeros(()))  # which takes its time
     right = implicit.correlate
     monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given).flip(2))
-    assert implicit._trial(CPU) > 10
+    assert the_trial._trial(CPU) > 10
     monkeypatch.setattr(implicit, "correlate", lambda *given: right(*given) * float("nan"))
-    assert not implicit._trial(CPU) < 1
+    assert not the_trial._trial(CPU) < 1
 
 
 def test_a_cpu_refuses_them_before_any_work(on_a_gpu, bench, tmp_path, golden):

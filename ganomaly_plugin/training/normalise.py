@@ -216,7 +216,7 @@ def error(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def suits(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take maps `x` `(m, n, c, h, w)`, weights and running statistics `others` in training."""
-    if x.ndim != 5 or x.dtype not in _DTYPES or not (x.device.type == "cuda" or implicit._is_interpreted()):
+    if x.ndim != 5 or x.dtype not in _DTYPES or not (x.device.type == "cuda" or implicit.is_interpreted()):
         return False
     pixels = len(x[0]) * x[0, 0, 0].numel()
     usual = (each is not None and each.dtype == torch.float32 and each.is_contiguous() for each in others)

@@ -12,10 +12,10 @@ from torch import Tensor
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.captured import Record
-from ganomaly_plugin.training.implicit import why_not_implicit
 from ganomaly_plugin.training.plain import PlainTrainer
 from ganomaly_plugin.training.stacked import StackedTrainer, check_stackable
 from ganomaly_plugin.training.streams import OnStreams
+from ganomaly_plugin.training.trial import why_not_implicit
 
 #: How the models of a stack advance: mapped, with convolutions "grouped", as "matmul" or "implicit"; or each by itself, on
 #: "streams" of a GPU that run at the same time, or in "turns", one after another.
