@@ -109,6 +109,6 @@ def _fallbacks(recipe: Recipe, data: Tensor, index: Tensor) -> list[str]:
     said = []
     if len(index) < recipe.batch_size:
         said.append(f"{len(index)} training images, fewer than batch_size={recipe.batch_size}, form each batch")
-    if all(torch.equal(data[index[0]], data[k]) for k in index):
+    if all(torch.equal(data[index[0]], data[k]) for k in index.tolist()):
         said.append("all training images are equal: scores say how far an image is from that one")
     return said

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe
@@ -14,23 +17,88 @@ from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.plain import resident
 from ganomaly_plugin.training.precision import precision
 
-SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch
+SCORE_CHUNK = 256  # images scored at once on a CPU when a score does not depend on its batch, and at least on a GPU
+_GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy
 
 
 def batches(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Checked images `(n, c, h, w)` in chunks, on `device`, in the recipe's input range."""
-    size = recipe.batch_size if recipe.batchnorm == "batch" else SCORE_CHUNK
-    for part in resident(images, device).split(size):
-        x = to_float(part.to(device), recipe.input_range)
-        yield x.contiguous(memory_format=torch.channels_last)
+    """Checked images `(n, c, h, w)` in chunks, on `device`, in the recipe's input range; batches if scores depend on them."""
+    size = SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
+    return _sent(recipe, resident(images, device).split(size), device)
 
 
 def in_chunks(
     recipe: Recipe, networks: Networks, images: Tensor, function: Callable[[Networks, Tensor], Tensor], device: torch.device
 ) -> Tensor:
     """`function(networks, chunk)` over all images, put together on the CPU."""
+
+    def of(x: Tensor) -> Tensor:
+        several = recipe.batchnorm == "batch" and len(x) > recipe.batch_size
+        with _ByBatch(len(x) // recipe.batch_size, recipe.batch_size) if several else nullcontext():
+            return function(networks, x)
+
     with torch.no_grad(), scoring_mode(networks, recipe.batchnorm), cpu_convolutions(device):
-        return torch.cat([function(networks, x) for x in batches(recipe, images, device)]).cpu()
+        return torch.cat([of(x) for x in _chunks(recipe, images, device)]).cpu()
+
+
+def _chunks(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """As `batches`, but so many at once as the device likes: whole batches, and a last short one by itself."""
+    given, size = resident(images, device), _at_once(recipe, images, device)
+    if recipe.batchnorm == "running":
+        return _sent(recipe, given.split(size), device)
+    own = recipe.batch_size
+    whole = len(given) // own * own
+    return _sent(recipe, [*given[:whole].split(max(1, size // own) * own), given[whole:]], device)
+
+
+def _at_once(recipe: Recipe, images: Tensor, device: torch.device) -> int:
+    """How many images are scored at once; a CPU is busy with a batch of its own."""
+    if device.type == "cpu":
+        return SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
+    return max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
+
+
+def _sent(recipe: Recipe, parts: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    for part in parts:
+        if len(part):
+            x = to_float(part.to(device), recipe.input_range)
+            yield x.contiguous(memory_format=torch.channels_last)
+
+
+class _ByBatch(TorchFunctionMode):
+    """Within it BatchNorm that uses a batch's statistics takes those of each of `count` batches of `size` passed at once.
+
+    Views of the images that a method passes together, all of one view first, are normalised with their batch.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self._count, self._size = count, size
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        form = self._batch_norm if func is functional.batch_norm else func
+        return form(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        views = x.unflatten(0, (-1, self._count, self._size))  # (views, count, size, c, ...)
+        variance, mean = torch.var_mean(views, [0, 2, *range(4, views.ndim)], correction=0, keepdim=True)
+        y = (views - mean) * (variance + eps).rsqrt()
+        if weight is not None and bias is not None:
+            of_channel = (-1, *(1 for _ in x.shape[2:]))
+            y = torch.addcmul(bias.view(of_channel), y, weight.view(of_channel))
+        return y.flatten(0, 2)
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+"""Scoring in chunks: what a chunk may not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import blobs
+
+from ganomaly_plugin import make_detector
+from ganomaly_plugin.training import scoring
+
+TINY: dict[str, dict[str, Any]] = {
+    "ganomaly": {"features": 4, "latent_dim": 8},
+    "ganomaly_plus": {"features": 4, "latent_dim": 8},  # passes views of its images together
+    "alad": {"features": 4, "latent_dim": 8, "joint_features": 4},  # has BatchNorm of vectors
+    "skip_ganomaly": {"features": 4, "latent_dim": 8},
+}
+
+
+@pytest.mark.parametrize("batchnorm", ["running", "batch"])
+@pytest.mark.parametrize("name", TINY)
+def test_several_batches_at_once_are_scored_as_each_is(name: str, batchnorm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = make_detector(name, **TINY[name], batch_size=4, batchnorm=batchnorm).fit(blobs(40), epochs=1, device="cpu")
+    images = blobs(31, seed=1)  # seven batches, of which three go together, and a short one
+    alone = detector.score(images)
+    monkeypatch.setattr(scoring, "_at_once", lambda recipe, images, device: 13)
+    together = detector.score(images)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6 * np.abs(alone).max())
+    if batchnorm == "batch":
+        assert np.abs(detector.score(images[:27]) - alone[:27]).max() > 1e-3 * np.abs(alone).max()  # a batch does matter
