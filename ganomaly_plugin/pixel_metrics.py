@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.metrics import auroc
 
 FPR_LIMIT = 0.3  # of AUPRO, as MVTec AD's authors have it
 
@@ -47,7 +47,7 @@ def pixel_auroc(maps: np.ndarray, masks: np.ndarray) -> float:
         InvalidInput: See `check_maps`.
     """
     maps, masks = check_maps(maps, masks)
-    return float(roc_auc_score(masks.reshape(-1), maps.reshape(-1)))
+    return auroc(masks.reshape(-1), maps.reshape(-1))
 
 
 def aupro(maps: np.ndarray, masks: np.ndarray, fpr_limit: float = FPR_LIMIT) -> float:

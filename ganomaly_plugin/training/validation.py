@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ganomaly_plugin.errors import InvalidInput, unknown
@@ -118,6 +117,8 @@ class NormalValidation:
         return total / weight
 
     def _instability(self, networks: Networks) -> float:
+        from scipy.stats import spearmanr  # only here: the import takes a second
+
         score = in_chunks(self.recipe, networks, self.images, self.recipe.score, self.device).double().numpy()
         previous, self._previous = self._previous, score
         if previous is None or np.ptp(score) == 0 or np.ptp(previous) == 0:
