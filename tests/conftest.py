@@ -106,7 +106,7 @@ def bench(capsys: pytest.CaptureFixture[str]):
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs data sets, a cluster or minutes, unless `-m` with that marker asks for it."""
-    for marker in ("real_data", "fuzz", "anomalib_cli", "loggers", "ray", "slurm"):
+    for marker in ("real_data", "fuzz", "anomalib_cli", "loggers", "ray", "slurm", "slow"):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if needing and marker not in (config.option.markexpr or ""):
             config.hook.pytest_deselected(items=needing)

@@ -453,6 +453,7 @@ def test_tables_come_from_records_alone(store: Store, bench, form: str) -> None:
     assert bench("tables", store.folder, "--format", "word")[0] == 2
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     """A real SIGINT to a real process: exit 130, finished records stay, and the next start goes on from there."""
     import signal

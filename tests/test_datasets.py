@@ -422,6 +422,7 @@ def test_a_loader_that_returns_something_else_is_named(monkeypatch: pytest.Monke
     _load_cached.cache_clear()
 
 
+@pytest.mark.slow
 def test_adding_a_data_set_is_one_file_and_one_line(tmp_path: Path) -> None:
     """The example package's file and its entry point are all it takes; nothing else of that package is there."""
     example = Path(__file__).parent / "example_plugin"

@@ -77,7 +77,7 @@ def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> No
         assert there.environment["command"] == here.record.environment["command"]
 
 
-@pytest.mark.parametrize("make", KINDS[1:], indirect=True)
+@pytest.mark.parametrize("make", [pytest.param("local", marks=pytest.mark.slow), *KINDS[2:]], indirect=True)
 def test_a_job_is_blamed_for_what_happens_to_it_alone(make: Make) -> None:
     """A crash and a hang fail alone; the neighbours in a lost stack, and a job whose worker died once, are run again."""
     crash, neighbour, hang, once = jobs(
@@ -116,6 +116,7 @@ def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(
     assert "2 jobs do not train together, and run one by one: MemoryError: no room for so many" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_work(folder: Path) -> None:
     runners = [start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-9", *HERE, cwd=folder) for _ in range(2)]
     outputs = [runner.communicate(timeout=120) for runner in runners]
@@ -124,6 +125,7 @@ def test_two_runners_share_the_work(folder: Path) -> None:
     assert outputs[0][0] == outputs[1][0] and not (folder / "out" / "claims").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_runner_loses_and_repeats_nothing(folder: Path) -> None:
     words = (*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-5", *HERE)
     first = start(*words, cwd=folder)
@@ -138,7 +140,7 @@ def test_a_killed_runner_loses_and_repeats_nothing(folder: Path) -> None:
     assert len(pd.read_csv(folder / "out" / "runs.csv")) == 6
 
 
-@pytest.mark.parametrize("where", [HERE, ("--workers", 2)], ids=["inline", "local"])
+@pytest.mark.parametrize("where", [HERE, pytest.param(("--workers", 2), marks=pytest.mark.slow)], ids=["inline", "local"])
 def test_ctrl_c_writes_the_tables_and_leaves_nothing_running(folder: Path, where: tuple[object, ...]) -> None:
     runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", *where, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
@@ -152,6 +154,7 @@ def test_ctrl_c_writes_the_tables_and_leaves_nothing_running(folder: Path, where
     assert (folder / "fits").read_text() == fits
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_runner_is_killed(folder: Path) -> None:
     runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", "--workers", 1, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
@@ -250,6 +253,7 @@ def test_a_worker_process_is_the_default(tmp_path: Path) -> None:
     assert isinstance(make_executor(Where(executor="inline"), LOST, store), InlineExecutor)
 
 
+@pytest.mark.slow
 def test_a_failed_job_that_is_retried_replaces_its_record(folder: Path, bench) -> None:
     words = ("run", "--datasets", "digits", "--classes", "0", "--device", "cpu", "--out", folder / "out")
     words = (*words, "--models", "crashing_detectors:DiesOnce", "--workers", 1)

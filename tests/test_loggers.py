@@ -18,6 +18,7 @@ from ganomaly_plugin.store import Store
 RUN = ["run", "--models", "ae,pca", "--classes", "0", "--seeds", "0-1", "--hparams", "features=2,latent_dim=4", "--epochs", 2]
 
 
+@pytest.mark.slow
 def test_csv_once_a_job_with_any_executor(bench, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert bench(*RUN, "--limit", 2, "--out", out)[0] == 0  # without a logger: the next run catches up

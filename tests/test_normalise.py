@@ -197,6 +197,7 @@ def test_a_copy_shares_the_weights_and_leaves_the_network_as_it_is():
     assert copy.state_dict().keys() == network.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_stacked_networks_are_those_of_the_plain_trainer():
     recipe = SkipGanomalyRecipe(features=2, latent_dim=4, batch_size=3)
     models = [build_networks(recipe, (1, 32, 32), seed) for seed in (0, 1)]
@@ -261,6 +262,7 @@ for number, across, halved in (("fp32", 32, False), ("fp32", 32, True), ("bf16",
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu(compiled):
     """Of its compute capability 9.0, where each thread reads 16 bytes at a time, several reads ahead."""
     kernels = compiled(COMPILE)

@@ -64,6 +64,7 @@ def test_an_installed_package_adds_a_detector(installed: Path, tmp_path: Path):
     assert exempt - {"cuda"} == {"seed_matters", "on_epoch"}
 
 
+@pytest.mark.slow
 def test_bench_runs_and_tests_it(installed: Path, tmp_path: Path):
     ours = Path(ganomaly_plugin.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ours)])}

@@ -203,6 +203,7 @@ def read_all(end: int) -> str:
         parts.append(part)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_and_killed_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENCH_TEST_FOLDER", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
