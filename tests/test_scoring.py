@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import blobs
 
 from ganomaly_plugin import make_detector
@@ -30,3 +31,20 @@ def test_several_batches_at_once_are_scored_as_each_is(name: str, batchnorm: str
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6 * np.abs(alone).max())
     if batchnorm == "batch":
         assert np.abs(detector.score(images[:27]) - alone[:27]).max() > 1e-3 * np.abs(alone).max()  # a batch does matter
+
+
+@pytest.mark.parametrize(
+    ("name", "batchnorm", "side", "on_cpu", "on_gpu"),
+    [
+        ("ganomaly", "running", 32, 256, 2048),
+        ("ganomaly", "running", 256, 256, 256),
+        ("ganomaly", "batch", 32, 64, 2048),
+        ("anogan", "running", 32, 256, 2048),
+        ("anogan", "batch", 32, 64, 64),  # its search drops images of a batch that are found
+    ],
+)
+def test_how_many_are_scored_at_once(name: str, batchnorm: str, side: int, on_cpu: int, on_gpu: int) -> None:
+    recipe = make_detector(name, batchnorm=batchnorm).recipe
+    images = torch.zeros(3, 1, side, side, dtype=torch.uint8)
+    found = [scoring._at_once(recipe, images, torch.device(device)) for device in ("cpu", "cuda")]
+    assert found == [on_cpu, on_gpu]

@@ -52,10 +52,10 @@ def _chunks(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Te
 
 
 def _at_once(recipe: Recipe, images: Tensor, device: torch.device) -> int:
-    """How many images are scored at once; a CPU is busy with a batch of its own."""
-    if device.type == "cpu":
-        return SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
-    return max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
+    """How many images are scored at once; a CPU is busy with a batch of its own, and a search may drop some of a batch."""
+    if recipe.batchnorm == "batch" and (device.type == "cpu" or not recipe.exportable):
+        return recipe.batch_size
+    return SCORE_CHUNK if device.type == "cpu" else max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
 
 
 def _sent(recipe: Recipe, parts: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
