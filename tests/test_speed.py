@@ -13,7 +13,7 @@ import torch
 from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.speed import timing, trainers, work
+from ganomaly_plugin.speed import command, timing, trainers, work
 from ganomaly_plugin.speed.peers import AnomalibEngine
 from ganomaly_plugin.speed.timing import time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
@@ -43,6 +43,12 @@ def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
     assert rows["mflop_per_image"][0] > rows["mflop_per_image"][2] and (rows["share_of_ceiling"] > 0).all()
     moved = rows["mb_moved_per_image"]  # of the Engine it is not seen what a step moves
     assert moved[0] > moved[2] > 0 and list(rows["share_of_bandwidth"].isna()) == [False, True, *[False] * 4]
+
+
+@pytest.mark.parametrize(("faster", "said"), [(0.8, "1.25"), (1.0, "1.00"), (4.0, "0.25"), (35.8, "0.028 (1/36)")])
+def test_a_ratio_keeps_two_figures(faster: float, said: str) -> None:
+    row, other = (types.SimpleNamespace(images_per_second=7 * each) for each in (faster, 1))
+    assert command._ratio(row, other) == said
 
 
 def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
@@ -84,7 +90,7 @@ def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch)
     made = functools.partial(trainers.stacked, setting=setting)
     monkeypatch.setattr(trainers, "stacked", lambda recipe, stage, _, how, **more: made(recipe, stage, how=how, **more))
     with pytest.raises(UserWarning, match="operation not permitted"):
-        trainers.captured(recipe, recipe.stages[0], types.SimpleNamespace(device=torch.device("cuda")))
+        trainers.captured(recipe, recipe.stages[0], types.types.SimpleNamespace(device=torch.device("cuda")))
 
 
 @pytest.mark.parametrize(("precision", "inside"), [("float32", "ieee"), ("tf32", "tf32")])

@@ -165,7 +165,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 f"{row.images_per_second:.1f}",
                 f"{row.timing.median * 1e3:.2f}",
                 span,
-                f"×{first.images_per_second / row.images_per_second:.2f}",
+                f"×{_ratio(row, first)}",
                 latency,
                 its["peak_memory_mib"],
                 f"{row.parameters:,}",
@@ -182,13 +182,19 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return [*text, *(f"ceiling: {line}" for line in sorted(ceilings)), *_ratios(rows)]
 
 
+def _ratio(row: Row, other: Row) -> str:
+    """Time per image of `row` in units of that of `other`, such as 0.73 or 0.028 (1/36)."""
+    ratio = other.images_per_second / row.images_per_second
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g} (1/{1 / ratio:.0f})"
+
+
 def _ratios(rows: Sequence[Row]) -> list[str]:
     """Time per image of each row against every row before it of the same detector, where there are more than two."""
     lines = []
     for k, row in enumerate(rows):
         before = [other for other in rows[:k] if row.what == "training" and other.detector == row.detector]
         if len(before) > 1:
-            parts = [f"{other.images_per_second / row.images_per_second:.2f} of {other.trainer}" for other in before]
+            parts = [f"{_ratio(row, other)} of {other.trainer}" for other in before]
             lines.append(f"{row.detector}, {row.trainer}: time per image {', '.join(parts)}")
     return lines
 
