@@ -39,8 +39,8 @@ def test_several_batches_at_once_are_scored_as_each_is(name: str, batchnorm: str
         ("ganomaly", "running", 32, 256, 2048),
         ("ganomaly", "running", 256, 256, 256),
         ("ganomaly", "batch", 32, 64, 2048),
-        ("anogan", "running", 32, 256, 2048),
-        ("anogan", "batch", 32, 64, 64),  # its search drops images of a batch that are found
+        ("anogan", "running", 32, 256, 256),
+        ("anogan", "batch", 32, 64, 64),
     ],
 )
 def test_how_many_are_scored_at_once(name: str, batchnorm: str, side: int, on_cpu: int, on_gpu: int) -> None:

@@ -18,7 +18,7 @@ from ganomaly_plugin.training.plain import resident
 from ganomaly_plugin.training.precision import precision
 
 SCORE_CHUNK = 256  # images scored at once on a CPU when a score does not depend on its batch, and at least on a GPU
-_GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy
+_GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy; 2048 of 32×32
 
 
 def batches(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Tensor]:
@@ -52,10 +52,10 @@ def _chunks(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Te
 
 
 def _at_once(recipe: Recipe, images: Tensor, device: torch.device) -> int:
-    """How many images are scored at once; a CPU is busy with a batch of its own, and a search may drop some of a batch."""
-    if recipe.batchnorm == "batch" and (device.type == "cpu" or not recipe.exportable):
-        return recipe.batch_size
-    return SCORE_CHUNK if device.type == "cpu" else max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
+    """How many images are scored at once: more only by a GPU, and not in a search, which is work enough and drops images."""
+    if device.type == "cpu" or not recipe.exportable:
+        return SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
+    return max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
 
 
 def _sent(recipe: Recipe, parts: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
