@@ -90,7 +90,7 @@ def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch)
     made = functools.partial(trainers.stacked, setting=setting)
     monkeypatch.setattr(trainers, "stacked", lambda recipe, stage, _, how, **more: made(recipe, stage, how=how, **more))
     with pytest.raises(UserWarning, match="operation not permitted"):
-        trainers.captured(recipe, recipe.stages[0], types.types.SimpleNamespace(device=torch.device("cuda")))
+        trainers.captured(recipe, recipe.stages[0], types.SimpleNamespace(device=torch.device("cuda")))
 
 
 @pytest.mark.parametrize(("precision", "inside"), [("float32", "ieee"), ("tf32", "tf32")])
