@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,8 +23,7 @@ _GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy; 2048 of 
 
 def batches(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Checked images `(n, c, h, w)` in chunks, on `device`, in the recipe's input range; batches if scores depend on them."""
-    size = SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
-    return _sent(recipe, resident(images, device).split(size), device)
+    return _chunks(recipe, images, device, _usual(recipe))
 
 
 def in_chunks(
@@ -38,28 +37,26 @@ def in_chunks(
             return function(networks, x)
 
     with torch.no_grad(), scoring_mode(networks, recipe.batchnorm), cpu_convolutions(device):
-        return torch.cat([of(x) for x in _chunks(recipe, images, device)]).cpu()
+        return torch.cat([of(x) for x in _chunks(recipe, images, device, _at_once(recipe, images, device))]).cpu()
 
 
-def _chunks(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """As `batches`, but so many at once as the device likes: whole batches, and a last short one by itself."""
-    given, size = resident(images, device), _at_once(recipe, images, device)
-    if recipe.batchnorm == "running":
-        return _sent(recipe, given.split(size), device)
-    own = recipe.batch_size
-    whole = len(given) // own * own
-    return _sent(recipe, [*given[:whole].split(max(1, size // own) * own), given[whole:]], device)
+def _usual(recipe: Recipe) -> int:
+    """Images of a chunk that keeps a CPU busy: a batch if scores depend on it."""
+    return SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
 
 
 def _at_once(recipe: Recipe, images: Tensor, device: torch.device) -> int:
     """How many images are scored at once: more only by a GPU, and not in a search, which is work enough and drops images."""
     if device.type == "cpu" or not recipe.exportable:
-        return SCORE_CHUNK if recipe.batchnorm == "running" else recipe.batch_size
+        return _usual(recipe)
     return max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
 
 
-def _sent(recipe: Recipe, parts: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    for part in parts:
+def _chunks(recipe: Recipe, images: Tensor, device: torch.device, at_once: int) -> Iterator[Tensor]:
+    """As `batches`, about so many at once: where scores depend on batches whole ones, and a last short one by itself."""
+    given, own = resident(images, device), 1 if recipe.batchnorm == "running" else recipe.batch_size
+    whole = len(given) // own * own
+    for part in (*given[:whole].split(max(1, at_once // own) * own), given[whole:]):
         if len(part):
             x = to_float(part.to(device), recipe.input_range)
             yield x.contiguous(memory_format=torch.channels_last)
@@ -76,22 +73,12 @@ class _ByBatch(TorchFunctionMode):
         self._count, self._size = count, size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        form = self._batch_norm if func is functional.batch_norm else func
-        return form(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is functional.batch_norm and kwargs["training"]:  # which names all but its first three arguments
+            return self._normalised(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        return func(*args, **kwargs)
 
-    def _batch_norm(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not training:
-            return functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         views = x.unflatten(0, (-1, self._count, self._size))  # (views, count, size, c, ...)
         variance, mean = torch.var_mean(views, [0, 2, *range(4, views.ndim)], correction=0, keepdim=True)
         y = (views - mean) * (variance + eps).rsqrt()
