@@ -1,4 +1,4 @@
-"""Detectors that take their process with them, or never end: for tests of the executors."""
+"""Detectors that take their process with them, never end or take long: for tests of the executors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 from faulty_detectors import Sound
+
+from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 
 
 class Segfaults(Sound):
@@ -54,3 +56,11 @@ class Describes(Sound):
 
     def describe(self):
         return {"loss": float("nan")}
+
+
+class SlowToScore(AutoencoderRecipe):
+    """Trains quickly, and takes its time to score."""
+
+    def score(self, networks, images):
+        time.sleep(0.3)
+        return super().score(networks, images)

@@ -155,6 +155,17 @@ def test_ctrl_c_writes_the_tables_and_leaves_nothing_running(folder: Path, where
 
 
 @pytest.mark.slow
+def test_ctrl_c_lets_trained_models_be_recorded(folder: Path) -> None:
+    model = ("--models", "crashing_detectors:SlowToScore[features=2,latent_dim=2]", "--image-size", 16)
+    runner = start(*SWEEP, *model, "--trainer", "stacked", "--steps", 1, "--seeds", "0-5", cwd=folder)
+    wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
+    runner.send_signal(signal.SIGINT)
+    stdout, stderr = runner.communicate(timeout=60)
+    assert runner.returncode == 130 and "recording 5 trained models first" in stderr and "AUROC" in stdout, stderr
+    assert len(list((folder / "out" / "records").glob("*.json"))) == 6
+
+
+@pytest.mark.slow
 def test_workers_end_when_their_runner_is_killed(folder: Path) -> None:
     runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", "--workers", 1, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -61,7 +62,10 @@ class LocalExecutor:
         self.slots, self.timeout, self.tries = slots, timeout, Tries(lost, retries)
 
     def map(self, run: Callable[[Chunk], Iterable[Outcome]], chunks: Iterable[Chunk]) -> Iterator[Outcome]:
-        """Yield outcomes as they come; chunks are taken one by one, when a worker is free for them."""
+        """Yield outcomes as they come; chunks are taken one by one, when a worker is free for them.
+
+        After Ctrl-C come those of the stacks that are trained and being recorded; a second one stops that too.
+        """
         source, again = iter(chunks), deque[Chunk]()
         workers = [_Worker(slot, run, worker_threads(len(self.slots))) for slot in self.slots]
         try:
@@ -79,6 +83,9 @@ class LocalExecutor:
                 for worker in busy:
                     yield from worker.receive()
                     yield from self._look_after(worker, again)
+        except KeyboardInterrupt:
+            yield from _being_recorded(workers)
+            raise
         finally:
             for worker in workers:
                 worker.stop()
@@ -117,13 +124,14 @@ class _Worker:
     left: list[Job] = field(default_factory=list)  # of the chunk at hand
     since: float = 0.0  # when the chunk at hand began, or the process that is to run it
     ready: bool = False  # it has imported what it needs
+    recording: bool = False  # the chunk at hand is a stack, trained as a whole, of which the first outcomes have come
     process: Any = None
     pipe: Any = None
 
     def start(self, chunk: Chunk) -> None:
         if self.process is None or not self.process.is_alive():
             self._spawn()
-        self.chunk, self.left, self.since = chunk, list(chunk), time.monotonic()
+        self.chunk, self.left, self.since, self.recording = chunk, list(chunk), time.monotonic(), False
         with contextlib.suppress(OSError):  # it died just now: the executor will see
             self.pipe.send(chunk)
 
@@ -148,6 +156,7 @@ class _Worker:
     def receive(self) -> Iterator[Outcome]:
         """Outcomes that have come so far."""
         while self.left and self._has_message():
+            recording, self.recording = self.recording, False  # in case Ctrl-C comes in the middle of a message
             try:
                 message = self.pipe.recv()
             except (EOFError, OSError):
@@ -156,6 +165,7 @@ class _Worker:
                 self.ready, self.since = True, time.monotonic()
             else:
                 self.left.remove(message.record.job)
+                self.recording = recording or (len(self.chunk) > 1 and message.record.status == "done")
                 yield message
 
     def _has_message(self) -> bool:
@@ -196,6 +206,19 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join(_GRACE)
+
+
+def _being_recorded(workers: Iterable[_Worker]) -> Iterator[Outcome]:
+    """The outcomes still to come of stacks whose training is over, which it would be a pity to lose."""
+    told = False
+    while at_it := [worker for worker in workers if worker.left and worker.recording and worker.is_alive()]:
+        if not told:
+            count = sum(len(worker.left) for worker in at_it)
+            print(f"interrupted: recording {count} trained models first; interrupt again to stop at once", file=sys.stderr)
+            told = True
+        connection.wait([item for worker in at_it for item in worker.signs()], timeout=_LOOK)
+        for worker in at_it:
+            yield from worker.receive()
 
 
 def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | None, parent: int) -> None:

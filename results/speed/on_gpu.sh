@@ -63,7 +63,7 @@ try() { # COMMAND...: its output also to log.txt; go on with the rest when it fa
         echo "failed: no time left"
         return
     fi
-    { timeout -s INT -k 10 "$left" "$@" 2>&1 || echo "failed: $? from $*"; } | tee "$out/last.txt"
+    { timeout -s INT -k 30 "$left" "$@" 2>&1 || echo "failed: $? from $*"; } | tee "$out/last.txt"
     ! grep -q "^failed: " "$out/last.txt" || failed=$((failed + 1))
     cat "$out/last.txt" >>"$out/log.txt"
 }
