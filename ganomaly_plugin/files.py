@@ -58,6 +58,24 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def check_writable(path: Path) -> None:
+    """See that the file `path`, the --out of a command, could be written now.
+
+    Raises:
+        InvalidInput: There is no folder for it, it is no file, or nothing can be written there.
+    """
+    if not path.parent.is_dir():
+        raise InvalidInput(f"There is no folder {path.parent} to write {path.name} into. Make it, or give another --out.")
+    if not path.name or (path.exists() and not path.is_file()):  # a device would be replaced, not written to
+        raise InvalidInput(f"Cannot write {path}: it is not a file. Give --out a file in a folder that exists.")
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInput(f"Cannot write {path}: {error.strerror or error}. Give another --out.") from error
+
+
 def sweep_out(folder: Path) -> None:
     """Remove parts of files in `folder` that writers who were killed left behind."""
     for partial in folder.glob(".*.tmp"):

@@ -80,6 +80,18 @@ def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path
     assert code == 0 and "captured-streams is not timed: CUDA graphs need a GPU" in out
 
 
+def test_a_peer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
+    def fails(*_: object) -> None:
+        raise InvalidInput("anomalib:Ganomaly failed in anomalib: RuntimeError: sizes")
+
+    monkeypatch.setattr("ganomaly_plugin.speed.measure._anomalib", fails)
+    words = ["--models", "ganomaly", "--peers", "anomalib,authors", "--measure", "training", "--image-size", 16]
+    words += ["--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5, "--out", tmp_path / "speed.csv"]
+    code, out, _ = bench("speed", *words)
+    assert code == 0 and "anomalib Engine is not timed: anomalib:Ganomaly failed in anomalib" in out
+    assert list(pd.read_csv(tmp_path / "speed.csv")["trainer"]) == ["authors' form", "plain"]
+
+
 def test_a_step_that_is_not_replayed_is_not_timed_as_a_replayed_one(monkeypatch) -> None:
     def refused(work, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -215,6 +227,9 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         (["--jobs", 0], "jobs must be at least 1"),
         (["--peers", "none", "--trainers", "captured-streams"], "CUDA graphs need a GPU"),
         (["--out", "nowhere/speed.csv"], "There is no folder nowhere"),
+        (["--out", "."], "it is not a file"),
+        (["--out", "/proc/speed.csv"], "Cannot write /proc/speed.csv"),
+        (["--channels", 2], "channels must be 1 or 3"),
     ],
 )
 def test_what_cannot_be_timed_is_an_error(bench, words: list[object], message: str) -> None:

@@ -115,11 +115,10 @@ def _environment() -> Any:
 
 
 def write_report(results: Results, out: Path) -> int:
-    """Write the page to `out` and return its size in bytes."""
-    from ganomaly_plugin.files import atomic_write
+    """Write the page to `out` and return its size in bytes; `check_writable` says what `out` must be."""
+    from ganomaly_plugin.files import atomic_write, check_writable
 
-    if not out.parent.is_dir() or (out.exists() and not out.is_file()):  # a device would be replaced, not written to
-        raise InvalidInput(f"Cannot write {out}. Give --out a file in a folder that exists, such as report.html.")
+    check_writable(out)
     content = report_html(results).translate(WITHOUT_CONTROL).encode()
     atomic_write(out, content)
     return len(content)

@@ -14,7 +14,7 @@ import torch
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import InvalidInput, check_known
-from ganomaly_plugin.files import atomic_write
+from ganomaly_plugin.files import atomic_write, check_writable
 from ganomaly_plugin.hparams import default_hparams
 from ganomaly_plugin.provenance import cpu_name, versions
 from ganomaly_plugin.recipe import Precision
@@ -85,10 +85,10 @@ def _check(options: Any) -> None:
             check_known(kind, name, known)
     if options.peers != ["none"] and "none" in options.peers:
         raise InvalidInput("--peers none stands alone.")
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise InvalidInput(
-            f"There is no folder {Path(options.out).parent} to write {Path(options.out).name} into. Make it first."
-        )
+    if options.channels not in (1, 3):
+        raise InvalidInput(f"channels must be 1 or 3, got {options.channels}.")
+    if options.out:
+        check_writable(Path(options.out))
 
 
 def _completed(selection: Selection, options: Any) -> Selection:

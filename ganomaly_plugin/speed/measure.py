@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Precision, Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.selection import Selection, show
-from ganomaly_plugin.speed.peers import AnomalibEngine, authors
+from ganomaly_plugin.speed.peers import PEERS, AnomalibEngine, authors
 from ganomaly_plugin.speed.timing import Task, Timing, time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Prepared, Setting, plain
 from ganomaly_plugin.speed.work import copying, count_work, matmul, peak_memory
@@ -82,7 +83,7 @@ def time_training(
 ) -> list[Row]:
     """Training rows: the peers of GANomaly first, then each detector's stages with each trainer.
 
-    A trainer that fails, as one that needs more memory than there is, is a printed line and no row.
+    A trainer or peer that fails, as one that needs more memory than there is, is a printed line and no row.
 
     Raises:
         InvalidInput: Peers are asked for where no GANomaly is among the detectors, or no trainer can train a detector.
@@ -96,30 +97,41 @@ def time_training(
     for peer in peers:
         assert ganomaly is not None and isinstance(ganomaly[1], GanomalyRecipe)
         label, recipe = ganomaly[0], replace(ganomaly[1], precision=peer_precision)
-        if peer == "anomalib":
-            engine = AnomalibEngine(recipe, setting)
-            host = (str(len(candidates)), engine)
-            candidates.append(_anomalib(engine, label, recipe, setting))
-            continue
-        with precision(peer_precision):
-            candidates.append(_prepared(label, "authors' form", recipe, setting, lambda r=recipe: authors(r, setting)))
+        with _said(f"{label}, {PEERS[peer]}"):
+            if peer == "anomalib":
+                engine = AnomalibEngine(recipe, setting)
+                candidates.append(_anomalib(engine, label, recipe, setting))
+                host = (str(len(candidates) - 1), engine)
+                if engine.remark:
+                    print(engine.remark, flush=True)
+                continue
+            with precision(peer_precision):
+                candidates.append(_prepared(label, PEERS[peer], recipe, setting, lambda r=recipe: authors(r, setting)))
     for label, recipe in recipes:
         recipe.check_shape(setting.chw)
         for stage in recipe.stages:
             name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
             flops, _ = _work_per_image(plain(recipe, stage, setting))
-            before, refused = len(candidates), None
+            before, refused = len(candidates), list[Exception]()
             for trainer in trainers:
                 prepare = functools.partial(TRAINERS[trainer], recipe, stage, setting)
-                try:
+                with _said(f"{name}, {trainer}", refused):
                     candidates.append(_prepared(name, trainer, recipe, setting, prepare, flops))
-                except Exception as error:
-                    print(f"{name}, {trainer} is not timed: {one_line(error)}", flush=True)
-                    traceback.clear_frames(error.__traceback__)  # they hold its models
-                    refused = error
-            if isinstance(refused, InvalidInput) and len(candidates) == before:
-                raise refused
+            if refused and isinstance(refused[-1], InvalidInput) and len(candidates) == before:
+                raise refused[-1]
     return _timed(candidates, setting.device, repeats, host)
+
+
+@contextlib.contextmanager
+def _said(what: str, errors: list[Exception] | None = None) -> Iterator[None]:
+    """Make of an error one line, which says that `what` is not timed, and add it to `errors`."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what} is not timed: {one_line(error)}", flush=True)
+        traceback.clear_frames(error.__traceback__)  # they hold its models
+        if errors is not None:
+            errors.append(error)
 
 
 def recipe_of(selection: Selection) -> Recipe | None:
@@ -169,7 +181,7 @@ def _anomalib(engine: AnomalibEngine, label: str, recipe: GanomalyRecipe, settin
     fields = {
         "what": "training",
         "detector": label,
-        "trainer": "anomalib Engine",
+        "trainer": PEERS["anomalib"],
         "precision": recipe.precision,
         "models": 1,
         "images": engine.batch_size,

@@ -17,7 +17,8 @@ from ganomaly_plugin.speed.trainers import Prepared, Setting, indices
 from ganomaly_plugin.training.plain import resident
 from ganomaly_plugin.training.precision import precision
 
-PEERS = ("authors", "anomalib")
+#: Peers, and what tables call them.
+PEERS = {"authors": "authors' form", "anomalib": "anomalib Engine"}
 
 
 def authors(recipe: GanomalyRecipe, setting: Setting) -> Prepared:
@@ -45,6 +46,14 @@ class AnomalibEngine:
         self.precision = recipe.precision
         sizes = {"n_features": recipe.features, "latent_vec_size": recipe.latent_dim, "extra_layers": recipe.extra_layers}
         self.options = {"image_size": setting.chw[1], "batch_size": self.batch_size, **sizes}
+
+    @property
+    def remark(self) -> str | None:
+        """What to say of the comparison; None when both train networks of one size."""
+        side = self.setting.chw[1]
+        if side & (side - 1) == 0:
+            return None
+        return f"anomalib's Ganomaly has at {side} pixels the network of {1 << side.bit_length()}: more work than GANomaly's"
 
     def run(self, repeats: int, turn: Task) -> Timing:
         """Time `repeats` turns of the Engine's steps, and call `turn` after each."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.files import atomic_write
+from ganomaly_plugin.files import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,13 +155,12 @@ def check_target(path: Path) -> str:
     """The format that the ending of `path` names.
 
     Raises:
-        InvalidInput: It is none of FORMATS, or the folder does not exist.
+        InvalidInput: It is none of FORMATS, or `path` cannot be written.
     """
     form = path.suffix.lower().removeprefix(".")
     if form not in FORMATS:
         raise InvalidInput(f"A figure ends in .pdf, .svg or .png, got {path.name!r}. Give such a name to --out.")
-    if not path.parent.is_dir():
-        raise InvalidInput(f"There is no folder {path.parent}. Make it, or give another --out.")
+    check_writable(path)
     return form
 
 
