@@ -121,7 +121,7 @@ def run(options: Any) -> int:
     where.check_device(experiment.device)
     here = resolve_device(experiment.device) if where.on_this_machine else None
     device = experiment.device.partition(":")[0] if here is None else here.type
-    trainer = options.trainer or "auto"
+    trainer = "auto" if options.trainer is None else options.trainer
     stacking = Stacking(trainer, on_gpu=device == "cuda", most=options.stack, workers=where.at_once)
     if stacking.how is not None and here is not None:
         check_how(stacking.how, here)

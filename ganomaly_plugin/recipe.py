@@ -164,7 +164,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
-        """Fresh networks by name for images of `(c, h, w)`, initialised from torch's global random state."""
+        """Fresh networks by name for images of `(c, h, w)`, initialised from torch's global random state.
+
+        What differs between models, such as what is drawn here, must be a parameter or a buffer: of all else a stack has one.
+        """
 
     @property
     @abstractmethod

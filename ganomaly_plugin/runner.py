@@ -114,10 +114,11 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
         steps, epochs = first.job.steps, first.job.epochs
         members, images = [member for _, member in cells], check_images(first.dataset.images)
         record = record_on(device) if settings.cuda_graphs else None
+        began = time.perf_counter()
         fit_together(members, images, epochs=epochs, steps=steps, device=device, how=settings.how, record=record)
         oracles = sum(cell.oracle.seconds for cell, _ in cells if cell.oracle)
         seconds = (time.perf_counter() - began - oracles) / len(cells)  # each job's share
-        for cell, member in cells:
+        for cell, member in sorted(cells, key=lambda each: each[1].error is not None):  # --fail-fast stops at a failure
             try:
                 if member.error is not None:
                     raise member.error

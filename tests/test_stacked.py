@@ -17,7 +17,7 @@ from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.speed.work import count_work
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.memory import bytes_of_model
-from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks, trained_parameters
 from ganomaly_plugin.training.redraw import READY, Spares
 from ganomaly_plugin.training.stack import make_stack
 from ganomaly_plugin.training.stacked import StackedTrainer, why_not_stackable
@@ -254,6 +254,24 @@ def test_detectors_fitted_together_are_those_fitted_alone(how):
         np.testing.assert_allclose(member.detector.score(data[:50]), reference.score(data[:50]), rtol=1e-4)
         for mine, theirs in zip(member.detector.history_, reference.history_, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["turns", "grouped", "matmul", "streams"])
+@pytest.mark.parametrize("name", ["Centred", "Projected"])
+def test_each_model_has_its_own_buffers(name, how):
+    data, share = digits(), torch.arange(0, 200)
+    members = [Member(make_detector(f"unusual_recipes:{name}", **SMALL), share, seed=k) for k in (1, 2)]
+    fit_together(members, data, epochs=2, steps=None, device=CPU, how=how)
+    for member in members:
+        reference = alone(f"unusual_recipes:{name}", data, share, member.seed, 2)
+        np.testing.assert_allclose(member.detector.score(data[:30]), reference.score(data[:30]), rtol=1e-4)
+
+
+def test_shared_weights_are_trained_once_in_a_step():
+    recipe = recipe_of("unusual_recipes:Tied")
+    networks = build_networks(recipe, (1, 16, 16), seed=0)
+    trained = trained_parameters(recipe.stages[0].phases[0], networks)
+    assert len(trained) == len(set(trained)) == len(list(torch.nn.ModuleDict(networks).parameters()))
 
 
 def test_early_stopping_and_calibration_are_each_members_own():

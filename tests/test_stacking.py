@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from sweeps import jobs
 
 from ganomaly_plugin.combine import compare
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.runner import Settings, run_chunk
 from ganomaly_plugin.stacking import Stacking, stack_key, why_alone
 from ganomaly_plugin.store import Store
 from ganomaly_plugin.training.memory import bytes_of_model, models_that_fit
+from ganomaly_plugin.training.together import Member
 
 SWEEP = ["--datasets", "digits", "--image-size", 16, "--classes", "0,1", "--seeds", "0-1"]
 SWEEP += ["--executor", "inline", "--epochs", 1]
@@ -116,6 +120,37 @@ def test_a_model_that_diverges_is_one_failed_record(bench, tmp_path: Path, monke
     assert code == 1 and len(records) == 4
     assert {(r.job.seed, r.status) for r in records} == {(0, "done"), (1, "failed")}
     assert all("Training diverged" in (r.error or "") for r in records if r.job.seed == 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "why"),
+    [
+        ("Dropped", "stacked", "draws random numbers of its own"),
+        ("Dropped", "stacked-streams", "draws random numbers of its own"),
+        ("Dropped", "stacked-matmul", "randomness"),
+        ("Spectral", "stacked", "deepcopy"),
+        ("Tied", "stacked-grouped", "share weights"),
+    ],
+)
+def test_what_turns_out_not_to_stack_runs_one_by_one(bench, tmp_path: Path, name: str, trainer: str, why: str) -> None:
+    words = ["--models", f"unusual_recipes:{name}{TINY}", *SWEEP]
+    code, _, said = bench("run", *words, "--trainer", trainer, "--out", tmp_path / "stacked")
+    assert code == 0 and "4 jobs do not train together, and run one by one" in said and why in said
+    assert bench("run", *words, "--trainer", "plain", "--out", tmp_path / "plain")[0] == 0
+    assert bench("diff", tmp_path / "stacked", tmp_path / "plain")[0] == 0
+
+
+def test_failures_of_a_stack_come_after_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(members: list[Member], *_: object, **__: object) -> None:
+        for member in members:
+            member.detector.fit(np.zeros((8, 1, 16, 16), np.uint8), seed=0, epochs=1, device="cpu")
+        members[0].error = ValueError("spoiled")
+
+    monkeypatch.setattr("ganomaly_plugin.runner.fit_together", spoil)
+    todo = jobs("ae[features=2,latent_dim=2]", classes="0,1,2")
+    outcomes = list(run_chunk(tuple(todo), Settings(device="cpu")))
+    assert [outcome.record.status for outcome in outcomes] == ["done", "done", "failed"]
+    assert outcomes[-1].record.job == todo[0]
 
 
 def test_memory_of_a_model_grows_with_what_it_holds() -> None:

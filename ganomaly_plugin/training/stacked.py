@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,12 @@ class _Networks(nn.Module):
 
     def forward(self, phase: Phase, step: StepInput, precision: Precision) -> tuple[Tensor, dict[str, Tensor]]:
         called = networks_in(precision, {str(name): network for name, network in self.networks.items()})
-        return phase.loss(called, step)
+        before = dict(self.named_buffers())
+        computed = phase.loss(called, step)
+        for name, buffer in self.named_buffers():
+            if buffer is not before[name]:  # by assignment, which does not outlast this call
+                before[name].copy_(buffer.detach())
+        return computed
 
 
 class StackedTrainer:
@@ -91,6 +97,8 @@ class StackedTrainer:
             network.train(name in trained)
         self._called = joined(self._template) if convolutions == "implicit" else self._template
         wrapped = [_Networks(networks) for networks in models]
+        if len(list(wrapped[0].named_parameters(remove_duplicate=False))) > len(list(wrapped[0].parameters())):
+            raise InvalidInput("networks that share weights are not trained as one set of kernels. Use the plain trainer.")
         self.weights = {
             name: self._weight(torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
             for name, _ in wrapped[0].named_parameters()
@@ -185,8 +193,9 @@ class StackedTrainer:
         """The networks of one model to score with: the averaged ones when the recipe averages."""
         state = self._state_dict() if self._average is None else self._average
         networks = copy.deepcopy(self._template.networks)
-        own = {name.removeprefix("networks."): value[model].detach() for name, value in state.items()}
-        networks.load_state_dict(own)
+        with torch.no_grad():
+            for name, tensor in chain(networks.named_parameters(), networks.named_buffers()):
+                tensor.copy_(state[f"networks.{name}"][model])
         return {str(name): to_device(network, self.device) for name, network in networks.items()}
 
     def keep(self, models: Sequence[int]) -> None:
@@ -241,9 +250,8 @@ class StackedTrainer:
         return [self.weights[name] for name in self._trained_names(phase)]
 
     def _state_dict(self) -> dict[str, Tensor]:
-        """Weights and buffers of all models, by their names in the template's `state_dict`."""
-        kept = self._template.state_dict()
-        return {name: value for name, value in {**self.weights, **self.buffers}.items() if name in kept}
+        """Weights and buffers of all models, also buffers that a `state_dict` leaves out, by their names in the template."""
+        return {**self.weights, **self.buffers}
 
     def _update_average(self) -> None:
         assert self._average is not None and self.recipe.ema_decay is not None

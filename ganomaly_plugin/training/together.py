@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Stage
 from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.choice import Choice, way_for
@@ -155,6 +157,19 @@ def _too_large(
     return None
 
 
+@contextmanager
+def _nothing_drawn(device: torch.device) -> Iterator[None]:
+    """Refuse a step that draws from torch's own generators, which the models of a stack would share."""
+
+    def generators() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+    before = generators()
+    yield
+    if not all(map(torch.equal, before, generators())):
+        raise InvalidInput("a step draws random numbers of its own, as dropout does, and not by the recipe's draw")
+
+
 def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Choice, record: Record | None) -> None:
     recipe = courses[0].fitting.recipe
     stage = recipe.stages[0]
@@ -164,7 +179,8 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Cho
     size = len(courses)
     while courses:
         index = torch.stack([course.next_batch() for course in courses])
-        losses = stack.step(data[index.to(data.device)])
+        with nullcontext() if stack.steps else _nothing_drawn(device):
+            losses = stack.step(data[index.to(data.device)])
         rows = torch.stack(list(losses.values()))  # (losses, m)
         for k, course in enumerate(courses):
             course.losses.append(rows[:, k])
@@ -174,8 +190,9 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Cho
         for k, course in enumerate(courses):
             if course.left:
                 continue
+            networks = stack.scoring_networks(k)
             try:
-                course.end_epoch(stack.scoring_networks(k), stack.steps, list(losses), stage)
+                course.end_epoch(networks, stack.steps, list(losses), stage)
                 if course.is_over:
                     way: dict[str, Any] = {"stacked_by": choice.how, "stacked_models": size}
                     way |= {"replayed": True} if stack.is_recorded else {}
