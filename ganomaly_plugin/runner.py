@@ -23,6 +23,7 @@ from ganomaly_plugin.stacking import why_not_compiled
 from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
 from ganomaly_plugin.training.captured import record_on
+from ganomaly_plugin.training.room import make_room
 from ganomaly_plugin.training.stack import How
 from ganomaly_plugin.training.together import Member, fit_together
 
@@ -88,6 +89,7 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
                 yield outcome
         except Exception as error:  # whose fault it is shows when each runs alone
             print(f"{len(left)} jobs do not train together, and run one by one: {one_line(error)}", file=sys.stderr)
+            make_room(error)
     for job in left:
         yield run_job(job, settings)
 

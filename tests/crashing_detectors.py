@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from faulty_detectors import Sound
 
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
@@ -64,3 +65,32 @@ class SlowToScore(AutoencoderRecipe):
     def score(self, networks, images):
         time.sleep(0.3)
         return super().score(networks, images)
+
+
+class SlowAlone(SlowToScore):
+    """Likewise, and does not train in a stack."""
+
+    def build(self, chw):
+        networks = super().build(chw)
+        return {**networks, "encoder": torch.nn.Sequential(torch.nn.Dropout(0.3), networks["encoder"])}
+
+
+def _broken(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class BreaksDevice(Sound):
+    """Does to its process what an illegal access does on a GPU."""
+
+    def _fit(self, images, **options):
+        torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, _broken
+        _broken()
+
+
+class NeedsDevice(Sound):
+    """Fails where the device is broken."""
+
+    def _fit(self, images, **options):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        super()._fit(images, **options)

@@ -139,6 +139,19 @@ def test_a_recording_that_fails_keeps_none_of_its_memory():
     assert len(made) == WARM_UP + 2 and made[-1]() is None
 
 
+def test_a_recording_that_cannot_be_replayed_is_one_warning_and_the_steps_go_on():
+    counter = torch.zeros(3)
+
+    def refused():
+        counter.add_(7)
+        raise RuntimeError("CUDA error: out of memory")
+
+    run = Replayed(count_up(counter), lambda: [counter], lambda work, inputs: ({"count": counter}, refused))
+    with pytest.warns(UserWarning, match="cannot be replayed as one .RuntimeError: CUDA error: out of memory"):
+        seen = [float(run({"by": torch.ones(3)})["count"][0]) for _ in range(WARM_UP + 3)]
+    assert seen == list(range(1, WARM_UP + 4)) and not run.is_recorded
+
+
 @pytest.mark.parametrize("doing", ["nothing", "too much"])
 def test_a_recording_that_does_something_else_is_not_trusted(doing):
     counter = torch.zeros(3)

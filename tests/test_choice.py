@@ -29,7 +29,7 @@ def times(monkeypatch, **seconds: float | Exception) -> list[str]:
         return value
 
     monkeypatch.setattr(choice, "_seconds_per_model", trial)
-    monkeypatch.setattr(choice, "make_room", lambda device: None)
+    monkeypatch.setattr(choice, "make_room", lambda: None)
     fastest.cache_clear()
     return asked
 

@@ -166,6 +166,27 @@ def test_ctrl_c_lets_trained_models_be_recorded(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_trains_nothing_more(folder: Path) -> None:
+    """Of a stack that did not train as a whole, whose jobs run one by one."""
+    model = ("--models", "crashing_detectors:SlowAlone[features=2,latent_dim=2]", "--image-size", 16)
+    runner = start(*SWEEP, *model, "--trainer", "stacked", "--steps", 1, "--seeds", "0-5", cwd=folder)
+    wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
+    runner.send_signal(signal.SIGINT)
+    _, stderr = runner.communicate(timeout=60)
+    assert runner.returncode == 130 and "run one by one" in stderr and "models first" not in stderr, stderr
+    assert len(list((folder / "out" / "records").glob("*.json"))) < 6
+
+
+@pytest.mark.slow
+def test_a_broken_device_costs_the_job_that_broke_it(folder: Path) -> None:
+    breaks, needs = jobs("crashing_detectors:BreaksDevice", "crashing_detectors:NeedsDevice")
+    executor = make_executor(Where(workers=1), LOST, store_in(folder))
+    for chunks in ([(breaks,), (needs,)], [(needs, breaks)], [(breaks, needs)]):
+        found = outcomes_of(executor, chunks)
+        assert found[needs.key].record.status == "done" and "illegal memory access" in found[breaks.key].record.error
+
+
+@pytest.mark.slow
 def test_workers_end_when_their_runner_is_killed(folder: Path) -> None:
     runner = start(*SWEEP, "--models", "crashing_detectors:Slow", "--seeds", "0-60", "--workers", 1, cwd=folder)
     wait_for(lambda: len(list((folder / "out").glob("records/*.json"))) >= 1)
@@ -203,9 +224,12 @@ def test_claims_of_the_living_hold_and_those_of_the_dead_do_not(tmp_path: Path) 
     assert not (tmp_path / "claims").exists()
 
 
-def test_slots() -> None:
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert local_slots(["0", "1"], 2, None) == ["0", "0", "1", "1"]
     assert local_slots(None, 1, 3) == [None] * 3 and local_slots(None, 2, None) == [None] * 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5f")  # of which these are the numbers 0 and 1
+    assert local_slots(["1", "0"], 1, None) == ["GPU-5f", "4"]
 
 
 def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

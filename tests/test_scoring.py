@@ -33,12 +33,41 @@ def test_several_batches_at_once_are_scored_as_each_is(name: str, batchnorm: str
         assert np.abs(detector.score(images[:27]) - alone[:27]).max() > 1e-3 * np.abs(alone).max()  # a batch does matter
 
 
+@pytest.mark.parametrize(("batchnorm", "fewest"), [("running", 1), ("batch", 4)])
+def test_what_does_not_fit_into_memory_is_scored_in_smaller_chunks(
+    batchnorm: str, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = make_detector("ganomaly", **TINY["ganomaly"], batch_size=4, batchnorm=batchnorm)
+    detector.fit(blobs(40), epochs=1, device="cpu")
+    images, score, sizes = blobs(31, seed=1), type(detector.recipe).score, []
+    alone = detector.score(images)
+    monkeypatch.setattr(scoring, "_at_once", lambda recipe, images, device: 31)
+
+    def narrow(limit: int) -> None:
+        def limited(self: Any, networks: Any, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(x) > limit:
+                raise torch.OutOfMemoryError("no room for so many")
+            return score(self, networks, x)
+
+        monkeypatch.setattr(type(detector.recipe), "score", limited)
+
+    narrow(9)
+    np.testing.assert_allclose(detector.score(images), alone, rtol=1e-4, atol=1e-6 * np.abs(alone).max())
+    assert max(sizes) > 9 >= sizes[-1]
+    narrow(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        detector.score(images)
+    assert sizes[-1] == fewest
+
+
 @pytest.mark.parametrize(
     ("name", "batchnorm", "side", "on_cpu", "on_gpu"),
     [
         ("ganomaly", "running", 32, 256, 2048),
         ("ganomaly", "running", 256, 256, 256),
         ("ganomaly", "batch", 32, 64, 2048),
+        ("ganomaly", "batch", 256, 64, 64),
         ("anogan", "running", 32, 256, 256),
         ("anogan", "batch", 32, 64, 64),
     ],

@@ -80,6 +80,19 @@ def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path
     assert code == 0 and "captured-streams is not timed: CUDA graphs need a GPU" in out
 
 
+def test_without_a_ceiling_the_rest_is_timed(bench, tmp_path: Path, monkeypatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("ganomaly_plugin.speed.measure.copying", too_large)
+    monkeypatch.setattr("ganomaly_plugin.speed.measure.matmul", too_large)
+    words = ["--models", "ae", "--peers", "none", "--measure", "training", "--image-size", 16, "--features", 2]
+    code, out, _ = bench("speed", *words, "--batch-size", 4, "--images", 16, "--repeats", 5, "--out", tmp_path / "speed.csv")
+    assert code == 0 and "the ceiling in float32 is not timed: OutOfMemoryError" in out and "a copy is not timed" in out
+    (row,) = pd.read_csv(tmp_path / "speed.csv").to_dict("records")
+    assert row["median_ms"] > 0 and pd.isna(row["share_of_ceiling"]) and pd.isna(row["share_of_bandwidth"])
+
+
 def test_a_peer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
     def fails(*_: object) -> None:
         raise InvalidInput("anomalib:Ganomaly failed in anomalib: RuntimeError: sizes")

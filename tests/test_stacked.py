@@ -15,6 +15,7 @@ from ganomaly_plugin.errors import Diverged, InvalidInput
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.speed.work import count_work
+from ganomaly_plugin.training import together
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, trained_parameters
@@ -337,6 +338,23 @@ def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
     assert all(member.error is None for member in members) and max(sizes) == 2
     reference = alone("ae", data, torch.arange(40), 4, 1)
     np.testing.assert_allclose(members[4].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["matmul", "streams"])
+def test_a_stack_that_is_over_holds_no_memory(how, fails, monkeypatch):
+    made, make = [], together.make_stack
+
+    def spoil(epoch: int, detector: RecipeDetector) -> None:
+        raise Diverged("its scores are not finite")
+
+    monkeypatch.setattr(together, "make_stack", lambda *args, **more: made.append(weakref.ref(s := make(*args, **more))) or s)
+    members = [Member(make_detector("ae", **SMALL), torch.arange(40), seed=k) for k in range(3)]
+    members[0].on_epoch = spoil if fails else None
+    monkeypatch.setattr(together, "_packed", lambda courses, *_: [courses[:2], courses[2:]])
+    fit_together(members, digits(), epochs=1, steps=None, device=CPU, how=how)
+    assert len(made) == 2 and not any(stack() for stack in made)
+    assert isinstance(members[0].error, Diverged) is fails
 
 
 def test_a_gpu_takes_as_many_models_as_its_free_memory_holds(monkeypatch):

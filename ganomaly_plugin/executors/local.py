@@ -18,6 +18,7 @@ from ganomaly_plugin.core import Chunk, Job, Outcome
 from ganomaly_plugin.executors.tries import Lost, Tries
 
 _READY = "ready"  # a worker's first message
+_BROKEN = "broken"  # and one before its last outcome, when its GPU refuses to go on
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GRACE = 2.0  # seconds that a worker has to end by itself
 _LOOK = 0.5  # seconds between looks at the clock
@@ -25,10 +26,14 @@ _START = 600.0  # seconds in which a worker must have imported what it needs
 
 
 def local_slots(devices: Iterable[str] | None, per_device: int, workers: int | None) -> list[str | None]:
-    """One entry a worker: the GPU it sees, by CUDA's numbering, or None for whatever the machine has."""
+    """One entry a worker: what it has for CUDA_VISIBLE_DEVICES, or None for whatever there is.
+
+    `devices` are numbers among the GPUs that this process sees, which may be some of the machine's.
+    """
     if devices is None:
         return [None] * (workers or per_device)
-    return [device for device in devices for _ in range(per_device)]
+    seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [seen[int(device)] if seen else device for device in devices for _ in range(per_device)]
 
 
 def worker_threads(workers: int) -> int | None:
@@ -124,12 +129,13 @@ class _Worker:
     left: list[Job] = field(default_factory=list)  # of the chunk at hand
     since: float = 0.0  # when the chunk at hand began, or the process that is to run it
     ready: bool = False  # it has imported what it needs
+    broken: bool = False  # it ends, since its GPU refuses to go on
     recording: bool = False  # the chunk at hand is a stack, trained as a whole, of which the first outcomes have come
     process: Any = None
     pipe: Any = None
 
     def start(self, chunk: Chunk) -> None:
-        if self.process is None or not self.process.is_alive():
+        if self.process is None or self.broken or not self.process.is_alive():
             self._spawn()
         self.chunk, self.left, self.since, self.recording = chunk, list(chunk), time.monotonic(), False
         with contextlib.suppress(OSError):  # it died just now: the executor will see
@@ -140,7 +146,7 @@ class _Worker:
             self.pipe.close()
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.ready = False
+        self.ready = self.broken = False
         changed = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         if self.slot is not None:
             changed["CUDA_VISIBLE_DEVICES"] = self.slot
@@ -163,9 +169,11 @@ class _Worker:
                 return
             if message == _READY:
                 self.ready, self.since = True, time.monotonic()
+            elif message == _BROKEN:
+                self.broken = True
             else:
                 self.left.remove(message.record.job)
-                self.recording = recording or (len(self.chunk) > 1 and message.record.status == "done")
+                self.recording = recording or message.record.notes.get("describe", {}).get("trainer") == "stacked"
                 yield message
 
     def _has_message(self) -> bool:
@@ -234,10 +242,29 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
     try:
         pipe.send(_READY)
         while True:
-            for outcome in run(pipe.recv()):
-                pipe.send(outcome)
+            chunk = pipe.recv()
+            for outcome in run(chunk):
+                broken = outcome.record.status == "failed" and _device_is_broken()
+                if broken:
+                    pipe.send(_BROKEN)
+                if len(chunk) == 1 or not broken:  # of several, whose fault it was shows when each runs alone
+                    pipe.send(outcome)
+                if broken:
+                    os._exit(1)
     except (EOFError, OSError):
         return
+
+
+def _device_is_broken() -> bool:
+    """Whether CUDA refuses everything in this process from now on, as it does after an illegal access or a failed assertion."""
+    import torch
+
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _follow(parent: int) -> None:

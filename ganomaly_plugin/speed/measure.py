@@ -241,17 +241,20 @@ def _timed(
     tasks |= {f"latency {k}": c.latency for k, c in enumerate(candidates) if c.latency is not None}
     ceiling_flops = {}
     for name in dict.fromkeys(c.fields["precision"] for c in candidates):
-        product, ceiling_flops[name] = matmul(device, torch.bfloat16 if name == "bf16" else torch.float32)
-        tasks[f"ceiling {name}"] = _in_precision(product, name)
-    tasks["copy"], copied = copying(device)
+        with _said(f"the ceiling in {name}"):
+            product, flops = matmul(device, torch.bfloat16 if name == "bf16" else torch.float32)
+            tasks[f"ceiling {name}"], ceiling_flops[name] = _in_precision(product, name), flops
+    copied = 0
+    with _said("a copy"):
+        tasks["copy"], copied = copying(device)
     timings = time_in_turns(tasks, device, repeats, host=host, patience=patience)
     ceilings = {name: flops / timings[f"ceiling {name}"].median for name, flops in ceiling_flops.items()}
     return [
         Row(
             **c.fields,
             timing=timings[str(k)],
-            ceiling=ceilings[c.fields["precision"]],
-            bandwidth=copied / timings["copy"].median,
+            ceiling=ceilings.get(c.fields["precision"]),
+            bandwidth=copied / timings["copy"].median if copied else None,
             latency=timings.get(f"latency {k}"),
         )
         for k, c in enumerate(candidates)

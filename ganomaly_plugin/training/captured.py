@@ -142,17 +142,16 @@ class Replayed:
         self._inputs = tree_map(torch.clone, inputs)
         try:
             self._outputs, replay = record(self._work, self._inputs)
-        except Exception as error:  # the device refuses something in it, or has no memory for a second copy
-            problem = one_line(error)
-            traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
-        else:
             _restore(state, before)
             replay()
             if _agree(state, after, before):
                 self._replay = replay
                 return {name: value.clone() for name, value in self._outputs.items()}
             problem = "replayed, it does something else"
-            _restore(state, after)
+        except Exception as error:  # the device refuses something in it, or has no memory for a second copy
+            problem = one_line(error)
+            traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+        _restore(state, after)
         self._record, self._inputs, self._outputs = None, None, {}
         warnings.warn(f"a step cannot be replayed as one ({problem}); its kernels are launched one by one", stacklevel=2)
         return outputs

@@ -13,8 +13,9 @@ import torch
 from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.training.captured import WARM_UP, Record
-from ganomaly_plugin.training.memory import make_room, models_that_fit
+from ganomaly_plugin.training.memory import models_that_fit
 from ganomaly_plugin.training.plain import build_networks
+from ganomaly_plugin.training.room import make_room
 from ganomaly_plugin.training.stack import WAYS, How, default_how, make_stack
 
 LONG = 2000  # steps: a shorter training would not make good what the trials take
@@ -51,7 +52,7 @@ def fastest(
     seconds: dict[How, float] = {}
     tried: dict[str, str] = {}
     for how in ways:
-        make_room(device)
+        make_room()
         try:
             seconds[how] = _seconds_per_model(recipe, chw, models, device, record, how)
         except Exception as error:
@@ -59,7 +60,7 @@ def fastest(
             tried[how] = one_line(error)
         else:
             tried[how] = f"{seconds[how] * 1e3:.3f} ms a model and step"
-    make_room(device)
+    make_room()
     return Choice(min(seconds, key=lambda how: seconds[how] * (_CLEAR if how == default else 1), default=default), tried)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 
 import torch
@@ -45,10 +44,3 @@ def bytes_of_model(recipe: Recipe, chw: tuple[int, int, int], how: How = "groupe
 def models_that_fit(recipe: Recipe, chw: tuple[int, int, int], free: int, how: How = "grouped") -> int:
     """How many models `free` bytes hold at once, at least one."""
     return max(1, int(_SHARE * free / bytes_of_model(recipe, chw, how)))
-
-
-def make_room(device: torch.device) -> None:
-    """Give the memory of former stacks, which refer to themselves, back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -16,8 +16,9 @@ from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.plain import resident
 from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.room import make_room, out_of_memory
 
-SCORE_CHUNK = 256  # images scored at once on a CPU when a score does not depend on its batch, and at least on a GPU
+SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch: on a CPU, and at least on a GPU
 _GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy; 2048 of 32×32
 
 
@@ -29,7 +30,7 @@ def batches(recipe: Recipe, images: Tensor, device: torch.device) -> Iterator[Te
 def in_chunks(
     recipe: Recipe, networks: Networks, images: Tensor, function: Callable[[Networks, Tensor], Tensor], device: torch.device
 ) -> Tensor:
-    """`function(networks, chunk)` over all images, put together on the CPU."""
+    """`function(networks, chunk)` over all images, put together on the CPU; fewer at once where the memory does not do."""
 
     def of(x: Tensor) -> Tensor:
         several = recipe.batchnorm == "batch" and len(x) > recipe.batch_size
@@ -37,7 +38,16 @@ def in_chunks(
             return function(networks, x)
 
     with torch.no_grad(), scoring_mode(networks, recipe.batchnorm), cpu_convolutions(device):
-        return torch.cat([of(x) for x in _chunks(recipe, images, device, _at_once(recipe, images, device))]).cpu()
+        at_once = _at_once(recipe, images, device)
+        while True:
+            try:
+                pieces = [of(x) for x in _chunks(recipe, images, device, at_once)]
+                return torch.cat([y.cpu() if y.ndim > 2 else y for y in pieces]).cpu()
+            except Exception as error:
+                if not out_of_memory(error) or at_once <= _own(recipe):
+                    raise
+            at_once //= 2
+            make_room()
 
 
 def _usual(recipe: Recipe) -> int:
@@ -49,12 +59,17 @@ def _at_once(recipe: Recipe, images: Tensor, device: torch.device) -> int:
     """How many images are scored at once: more only by a GPU, and not in a search, which is work enough and drops images."""
     if device.type == "cpu" or not recipe.exportable:
         return _usual(recipe)
-    return max(SCORE_CHUNK, _GPU_PIXELS // images[0, 0].numel())
+    return max(_usual(recipe), _GPU_PIXELS // images[0, 0].numel())
+
+
+def _own(recipe: Recipe) -> int:
+    """The fewest images that must be scored together."""
+    return 1 if recipe.batchnorm == "running" else recipe.batch_size
 
 
 def _chunks(recipe: Recipe, images: Tensor, device: torch.device, at_once: int) -> Iterator[Tensor]:
     """As `batches`, about so many at once: where scores depend on batches whole ones, and a last short one by itself."""
-    given, own = resident(images, device), 1 if recipe.batchnorm == "running" else recipe.batch_size
+    given, own = resident(images, device), _own(recipe)
     whole = len(given) // own * own
     for part in (*given[:whole].split(max(1, at_once // own) * own), given[whole:]):
         if len(part):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,9 @@ from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.choice import Choice, way_for
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.fitting import Fitting
-from ganomaly_plugin.training.memory import make_room, models_that_fit
+from ganomaly_plugin.training.memory import models_that_fit
 from ganomaly_plugin.training.plain import finite_mean, order_of, resident, stage_epochs
+from ganomaly_plugin.training.room import make_room, out_of_memory
 from ganomaly_plugin.training.stack import How, Stack, make_stack
 
 
@@ -137,7 +137,7 @@ def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How
     if device.type == "cpu":
         return [courses]
     _, c, h, w = data.shape
-    make_room(device)
+    make_room()
     free = torch.cuda.mem_get_info(device)[0]
     fit = models_that_fit(courses[0].fitting.recipe, (c, h, w), free, how)
     count = -(-len(courses) // fit)
@@ -146,15 +146,17 @@ def _packed(courses: list[_Course], data: Tensor, device: torch.device, how: How
 
 def _too_large(
     courses: list[_Course], data: Tensor, device: torch.device, choice: Choice, record: Record | None
-) -> torch.OutOfMemoryError | None:
-    """Run the courses; why they do not fit into the memory of `device`, which then holds nothing of them, or None."""
+) -> Exception | None:
+    """Run the courses; why they do not fit into the memory of `device`, or None. It then holds nothing of their stack."""
+    problem: Exception | None = None
     try:
         _run(courses, resident(data, device), device, choice, record)
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the stack
-        make_room(device)
-        return error
-    return None
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        problem = error
+    make_room(problem, *(course.member.error for course in courses))
+    return problem
 
 
 @contextmanager
@@ -198,9 +200,9 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Cho
                     way |= {"replayed": True} if stack.is_recorded else {}
                     way |= {"ways_tried": choice.tried} if choice.tried else {}
                     course.fitting.finish("stacked", **way)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # it diverged, or its scores are not finite: its own affair
+                if out_of_memory(error):
+                    raise
                 course.member.error, course.is_over = error, True
         on = [k for k, course in enumerate(courses) if not course.is_over]
         if len(on) < len(courses):

@@ -14,6 +14,7 @@ from ganomaly_plugin.recipe import Precision
 from ganomaly_plugin.training import implicit, normalise
 from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.products import Geometry
+from ganomaly_plugin.training.room import out_of_memory
 
 _TRIED = 8, 128  # images and channels of a trial: a whole block
 #: What rounding may change, as a share of the largest number.
@@ -28,7 +29,7 @@ def why_not_implicit(device: torch.device) -> str | None:
     """
     try:
         return _why_not(device)
-    except torch.OutOfMemoryError as error:  # which may pass
+    except RuntimeError as error:  # of want of memory, which may pass
         return one_line(error)
 
 
@@ -40,9 +41,9 @@ def _why_not(device: torch.device) -> str | None:
         return None if implicit.is_interpreted() else f"its kernels are for a GPU, and this is {device.type}"
     try:
         error = _trial(device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as refused:
+        if out_of_memory(refused):
+            raise
         return f"Triton refuses: {one_line(refused)}"
     return None if error < 1 else f"its kernels are wrong by {error:.1f} times what rounding may change on this {device.type}"
 

@@ -11,7 +11,6 @@ import re
 import statistics
 import sys
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.speed.trainers import Prepared, Setting, captured, plain
-from ganomaly_plugin.training.memory import make_room
 from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.room import make_room
 
 DEVICE = torch.device("cuda")
 MFLOP = 551.1  # of an image, by `bench speed`
@@ -60,7 +59,7 @@ def main(out: Path, name: str, models: int, ways: list[str]) -> None:
     recipe = GanomalyRecipe(features=64, batch_size=64, precision=name)  # type: ignore[arg-type]
     images = torch.randint(256, (4096, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for way in ways:
-        make_room(DEVICE)
+        make_room()
         began = time.perf_counter()
         try:
             with precision(recipe.precision):
@@ -78,7 +77,8 @@ def main(out: Path, name: str, models: int, ways: list[str]) -> None:
                 profiled = kernels(step)
         except Exception as error:
             print(f"{name} {way} failed: {error}", flush=True)
-            traceback.clear_frames(error.__traceback__)
+            step = None
+            make_room(error)
             continue
         median = statistics.median(times[1:])
         print(

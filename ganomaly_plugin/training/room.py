@@ -1,0 +1,26 @@
+"""A device's memory: whether it ran out, and what is done about it."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+
+import torch
+
+_OUTSIDE = ("out of memory", "ALLOC_FAILED")  # as CUDA and its libraries put it, where it is not torch that allocates
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device's memory did not do, that of libraries beside torch included."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUTSIDE)
+
+
+def make_room(*errors: BaseException | None) -> None:
+    """Give the memory of former work back to the device: of stacks, which refer to themselves, and of what `errors` hold."""
+    for error in errors:
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    torch.cuda.empty_cache()  # which does nothing where there is no GPU
