@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ganomaly_plugin import facts
 from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, leaked, make_split
@@ -83,18 +84,24 @@ class Cell:
         reference_index, origin = _reference(job, split)
         reference = self.score(reference_index)
         metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
-        history: list[dict[str, float]] = [dict(losses) for losses in getattr(detector, "history_", [])]
+        history = facts.history(detector, self.name)
         if self.oracle is not None and self.oracle.aurocs:
             aurocs = self.oracle.aurocs
             metrics["auroc_oracle"] = max(aurocs)
             metrics["oracle_epoch"] = float(np.argmax(aurocs)) + 1
             history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(aurocs)]
-        notes: dict[str, Any] = {"describe": detector.describe() if hasattr(detector, "describe") else {}}
+        notes: dict[str, Any] = {"describe": facts.described(detector, self.name)}
         notes["source"], notes["data"] = dict(self.dataset.source), self.dataset.digest
         notes["leaked"] = leaked(self.dataset, split)
         test = self.dataset.images[split.test]
         if self.dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
             metrics |= _pixel_metrics(detector, test, self.dataset.masks[split.test], notes)
+        arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
+        arrays |= named_arrays(*facts.named_scores(detector, self.name, test, self.dataset.images[reference_index]))
+        try:
+            images = sample(detector, test, split.is_anomaly, score)
+        except Exception as error:  # no part of the result
+            images, notes["samples"] = {}, one_line(error)
         n_anomalous = int(split.is_anomaly.sum())
         record = RunRecord(
             job=job,
@@ -114,10 +121,7 @@ class Cell:
             environment=environment(self.device),
             history=history,
         )
-        arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
-        if hasattr(detector, "named_scores"):
-            arrays |= named_arrays(detector.named_scores(test), detector.named_scores(self.dataset.images[reference_index]))
-        return Outcome(record, arrays, sample(detector, test, split.is_anomaly, score))
+        return Outcome(record, arrays, images)
 
 
 def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:

@@ -72,6 +72,7 @@ def check_storable(record: RunRecord) -> None:
     """Raise InvalidInput when `record` holds what JSON has no form for, as a detector's own facts may, or no reader takes."""
     try:
         text = sealed(record.to_dict())
+        json.dumps(record.to_dict(), ensure_ascii=False).encode()  # as tables are written
     except (TypeError, ValueError) as error:
         raise InvalidInput(
             f"describe() or history_ holds what a record cannot: {error}. Return plain finite numbers, text, lists and dicts."

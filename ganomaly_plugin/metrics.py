@@ -22,7 +22,7 @@ def check_scores(score: ArrayLike, n: int, detector: str) -> np.ndarray:
     """
     try:
         array = np.asarray(score, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"{detector} returned scores of type {type(score).__name__}; wanted {n} numbers.") from error
     if array.shape != (n,):
         raise InvalidInput(f"{detector} returned scores of shape {array.shape}; wanted ({n},), one number an image.")

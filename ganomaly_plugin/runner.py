@@ -64,16 +64,20 @@ def _failed(job: Job, error: Exception, seconds: float, settings: Settings) -> O
 
 
 def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str | None = None) -> Outcome:
-    """The outcome of a job that failed, with the reason in one line."""
+    """The outcome of a job that failed, with the reason in one line; what is no text of UTF-8 is escaped."""
     record = RunRecord(
         job=job,
         status="failed",
-        error=error,
-        traceback=trace,
+        error=_utf8(error),
+        traceback=None if trace is None else _utf8(trace),
         seconds={"total": seconds},
         environment=environment(_device_name(settings.device)),
     )
     return Outcome(record)
+
+
+def _utf8(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ganomaly_plugin.errors import InvalidInput
+
 COUNT = 4  # of each kind
 SIDE = 64  # pixels, at most
 KINDS = ("most anomalous", "least anomalous", "missed anomalies", "false alarms")
@@ -41,7 +43,10 @@ def sample(detector: Any, test: np.ndarray, is_anomaly: np.ndarray, score: np.nd
     position = np.concatenate(list(chosen.values()))
     seen = _with_their_batches(detector, np.unique(position), len(test))
     at = np.searchsorted(seen, position)
-    maps = np.asarray(detector.anomaly_map(test[seen]), dtype=np.float32)[at]
+    maps = np.asarray(detector.anomaly_map(test[seen]), dtype=np.float32)
+    if maps.shape != (len(seen), *test.shape[2:]) or not np.isfinite(maps).all():
+        raise InvalidInput(f"anomaly_map gave {maps.shape}, or numbers that are not finite; wanted one a pixel of (n, h, w).")
+    maps = maps[at]
     top = float(maps.max())
     found = {
         "position": position,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from abc import ABC, abstractmethod
 from numbers import Integral
+from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ganomaly_plugin import __version__
 from ganomaly_plugin.core import OnEpoch
-from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted, check_seed
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted, check_seed, one_line
 from ganomaly_plugin.files import as_path
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.metrics import check_scores
@@ -138,10 +141,15 @@ class BaseDetector(ABC):
             "state": self._state(),
         }
         target = as_path(path)
+        if target.exists() and not target.is_file():  # a device would be replaced, not written to
+            raise InvalidInput(f"Cannot write the detector to {target}: it is not a file. Choose another name.")
         partial = target.parent / f".{target.name}.{os.getpid()}.tmp"
         try:
             torch.save(content, partial)
+            _check_loads(partial)
             partial.replace(target)
+        except InvalidInput:
+            raise
         except (OSError, RuntimeError) as error:
             raise InvalidInput(f"Cannot write the detector to {target}: {error}. Choose a folder that exists.") from error
         finally:
@@ -203,12 +211,27 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def _check_loads(path: Path) -> None:
+    """Raise InvalidInput when the file just written holds what is not read back, such as arrays of NumPy."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = shorten(one_line(error), 200, placeholder=" …")
+        raise InvalidInput(
+            f"hparams or _state() hold what no detector file can: give tensors and plain values ({reason})."
+        ) from error
+
+
 def read_detector_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a file that `save` wrote, read without unpickling code."""
     source = as_path(path)
     if not source.is_file():
         raise InvalidInput(f"No detector file at {source}. Give the path that save(path) wrote.")
     try:
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()  # torch does not look at its checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
         content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
         raise CorruptFile(f"{source} is not a readable detector file ({type(error).__name__}). Save it again.") from error
