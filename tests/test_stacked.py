@@ -258,8 +258,8 @@ def test_detectors_fitted_together_are_those_fitted_alone(how):
 
 
 @pytest.mark.parametrize("how", ["turns", "grouped", "matmul", "streams"])
-@pytest.mark.parametrize("name", ["Centred", "Projected"])
-def test_each_model_has_its_own_buffers(name, how):
+@pytest.mark.parametrize("name", ["Centred", "Projected", "Frozen"])
+def test_each_model_has_its_own_buffers_and_frozen_weights(name, how):
     data, share = digits(), torch.arange(0, 200)
     members = [Member(make_detector(f"unusual_recipes:{name}", **SMALL), share, seed=k) for k in (1, 2)]
     fit_together(members, data, epochs=2, steps=None, device=CPU, how=how)

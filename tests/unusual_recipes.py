@@ -84,3 +84,12 @@ class Tied(AutoencoderRecipe):
     def build(self, chw):
         networks, twice = super().build(chw), nn.Conv2d(chw[0], chw[0], 3, padding=1)
         return {"encoder": nn.Sequential(twice, networks["encoder"]), "decoder": nn.Sequential(networks["decoder"], twice)}
+
+
+@dataclass(frozen=True)
+class Frozen(AutoencoderRecipe):
+    """Has a layer that is not trained."""
+
+    def build(self, chw):
+        networks, first = super().build(chw), nn.Conv2d(chw[0], chw[0], 3, padding=1).requires_grad_(False)
+        return {**networks, "encoder": nn.Sequential(first, networks["encoder"])}

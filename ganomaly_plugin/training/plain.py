@@ -41,8 +41,8 @@ def make_optimiser(options: Optimiser, parameters: list[nn.Parameter]) -> torch.
 
 
 def trained_parameters(phase: Phase, networks: Networks) -> list[nn.Parameter]:
-    """The weights that `phase` updates, each once, also where networks share some."""
-    return list(dict.fromkeys(p for name in phase.trains for p in networks[name].parameters()))
+    """The weights that `phase` updates: none that is frozen, and each once, also where networks share some."""
+    return list(dict.fromkeys(p for name in phase.trains for p in networks[name].parameters() if p.requires_grad))
 
 
 def make_average(recipe: Recipe, networks: Networks) -> AveragedModel | None:

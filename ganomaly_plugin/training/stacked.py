@@ -99,8 +99,9 @@ class StackedTrainer:
         wrapped = [_Networks(networks) for networks in models]
         if len(list(wrapped[0].named_parameters(remove_duplicate=False))) > len(list(wrapped[0].parameters())):
             raise InvalidInput("networks that share weights are not trained as one set of kernels. Use the plain trainer.")
+        self._frozen = {name for name, weight in wrapped[0].named_parameters() if not weight.requires_grad}
         self.weights = {
-            name: self._weight(torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
+            name: self._weight(name, torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
             for name, _ in wrapped[0].named_parameters()
         }
         self.buffers = {
@@ -202,7 +203,7 @@ class StackedTrainer:
         """Go on with these models only, in this order."""
         index = torch.tensor(models, device=self.device)
         old = dict(self.weights)
-        self.weights = {name: self._weight(weight.detach()[index]) for name, weight in old.items()}
+        self.weights = {name: self._weight(name, weight.detach()[index]) for name, weight in old.items()}
         self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
         for k, phase in enumerate(self.phases):
             before, self._optimisers[k] = self._optimisers[k], make_optimiser(phase.optimiser, self._trained(phase))
@@ -225,8 +226,8 @@ class StackedTrainer:
         for spares in self._spares.values():
             spares.refill()
 
-    def _weight(self, values: Tensor) -> Tensor:
-        return in_order(values).requires_grad_()
+    def _weight(self, name: str, values: Tensor) -> Tensor:
+        return in_order(values).requires_grad_(name not in self._frozen)
 
     def _mapped(self, phase: Phase) -> Any:
         def one(weights: Any, buffers: Any, images: Tensor, draws: Any, earlier: Any) -> Any:
@@ -244,7 +245,7 @@ class StackedTrainer:
         return all_
 
     def _trained_names(self, phase: Phase) -> list[str]:
-        return [name for name in self.weights if name.split(".")[1] in phase.trains]
+        return [name for name in self.weights if name.split(".")[1] in phase.trains and name not in self._frozen]
 
     def _trained(self, phase: Phase) -> list[Any]:
         return [self.weights[name] for name in self._trained_names(phase)]
