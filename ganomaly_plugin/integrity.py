@@ -176,7 +176,8 @@ def _check_label(job: Job) -> None:
     said = parse_selection(job.label, "model")
     known = {**job.hparams, "epochs": job.epochs, "steps": job.steps}
     for name, value in said.options.items():
-        if known.get(name) != value and show("", {name: known.get(name)}) != show("", {name: value}):  # -1 is -1.0 there
+        its = known.get(name)
+        if its != value and str(its) != str(value) and show("", {name: its}) != show("", {name: value}):  # -1 is -1.0 there
             raise ValueError(f"its label says {name}={value}, its job {known.get(name)}")
     if said.name != job.detector:
         raise ValueError(f"its label names {said.name!r}, its job {job.detector!r}")

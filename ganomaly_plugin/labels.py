@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ganomaly_plugin.core import Job, RunRecord
-from ganomaly_plugin.selection import parse_selection, show
+from ganomaly_plugin.selection import parse_label, show
 
 
 def distinctly_labelled(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -47,6 +47,6 @@ def _relabelled(record: RunRecord, names: set[str]) -> RunRecord:
     job = record.job
     if not names:
         return record
-    options = parse_selection(job.label or job.detector, "model").options
+    said = parse_label(job.label or job.detector)
     mine = {name: value for name, value in _settings(job).items() if name in names and value is not None}
-    return replace(record, job=replace(job, label=show(job.detector, {**options, **mine})))
+    return replace(record, job=replace(job, label=show(said.name, {**said.options, **mine})))

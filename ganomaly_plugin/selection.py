@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,14 @@ import yaml
 
 from ganomaly_plugin.errors import InvalidInput
 
-_FORM = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<options>.*)\])?", re.DOTALL)
+_DOUBLE = r'"(?:[^"\\]|\\.)*"'
+_QUOTED = rf"(?:{_DOUBLE}|'(?:[^']|'')*')"
+_FORM = re.compile(rf"(?P<name>{_DOUBLE}|[^\[\]]+)(?:\[(?P<options>.*)\])?", re.DOTALL)
+_BARE = re.compile(r'(?!["\s])[^\[\]]*(?<!\s)')
+#: Quotes and braces count where YAML has them open a value, and are part of the text elsewhere: it's, a{b.
+_MARK = re.compile(
+    rf"(?:^|(?<=[\[({{,])|(?<=: ))\s*(?:\?\s+)?(?:\w+\s*=\s*)?(?:{_QUOTED}\s*:\s*)?(?:{_QUOTED}|\{{)|[\[\](),}}]", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,43 @@ class Selection:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 and None as Python does; only in quotes are they text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"None$"), ["N"])
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with all text in double quotes, in which nothing has a meaning of its own."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _quoting(dumper: Any, value: Any) -> Any:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(value), style='"')
+
+
+_Dumper.add_representer(str, _quoting)
+_Dumper.add_multi_representer(object, _quoting)
+
+
 def split_list(text: str) -> list[str]:
-    """`text` at its commas, those inside brackets left alone; empty parts dropped."""
-    parts, depth, start = [], 0, 0
-    for k, char in enumerate(text):
-        depth += (char in "[(") - (char in ")]")
-        if char == "," and depth == 0:
-            parts.append(text[start:k])
-            start = k + 1
+    """`text` at its commas, those inside quotes, brackets and braces left alone; empty parts dropped."""
+    parts, depth, braces, start = [], 0, 0, 0
+    for match in _MARK.finditer(text):
+        mark = match[0][-1]
+        depth += (mark in "[(") - (mark in ")]")
+        braces += (mark == "{") - (mark == "}" and braces > 0)
+        if mark == "," and depth == 0 and braces == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
@@ -47,8 +84,8 @@ def parse_options(text: str) -> dict[str, Any]:
         if key.strip() in options:
             raise InvalidInput(f"The option {key.strip()} is given twice in {text!r}. Give it once.")
         try:
-            options[key.strip()] = number_like(yaml.safe_load(value))
-        except yaml.YAMLError as error:
+            options[key.strip()] = yaml.load(value, _Loader)  # a safe loader
+        except (yaml.YAMLError, ValueError) as error:  # 2026-02-30 is a date to YAML, and none
             raise InvalidInput(
                 f"Cannot read the value of {part!r}. Write a YAML value, such as 0.5 or [0.5, 0.999]."
             ) from error
@@ -87,18 +124,55 @@ def parse_selection(item: Any, what: str) -> Selection:
     match = _FORM.fullmatch(str(item).strip())
     if match is None:
         raise InvalidInput(f"Cannot read the {what} {item!r}. Write name or name[key=value,key=value].")
-    name = match["name"].strip()
+    name = _unquoted(match["name"].strip(), what)
     if name.endswith(":"):
         raise InvalidInput(f"The {what} {name!r} ends in its colon. Write what is meant behind it, as in folder:PATH.")
     return Selection(name, parse_options(match["options"] or ""))
 
 
-def show(name: str, options: Mapping[str, Any]) -> str:
-    """The spelling that `parse_selection` reads back."""
-    if not options:
+def _unquoted(name: str, what: str) -> str:
+    if not re.fullmatch(_DOUBLE, name, re.DOTALL):
         return name
-    inside = ",".join(f"{key}={_plain(value)}" for key, value in sorted(options.items()))
-    return f"{name}[{inside}]"
+    try:
+        return str(yaml.load(name, _Loader))
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"Cannot read the {what} {name}. Write its name without quotes, or as YAML has them.") from error
+
+
+def parse_label(label: str) -> Selection:
+    """What `show` made the label of a record from; a label that cannot be read is a name without options.
+
+    Such labels are those of versions that put no quotes around text such as `*.png`.
+    """
+    try:
+        return parse_selection(label, "model")
+    except InvalidInput:
+        return Selection(label)
+
+
+def show(name: str, options: Mapping[str, Any]) -> str:
+    """The spelling that `parse_selection` reads back: in quotes what it would take for something else."""
+    shown = name if _BARE.fullmatch(name) else _quoted(name)
+    parts: list[str] = []
+    for key, value in sorted(options.items(), reverse=True):
+        part = f"{key}={_plain(value)}"
+        if isinstance(value, (str, float, list, dict)) and not _reads_back(part, value, parts):
+            part = f"{key}={_quoted(value)}"
+        parts.insert(0, part)
+    return f"{shown}[{','.join(parts)}]" if options else shown
+
+
+def _reads_back(part: str, value: Any, rest: list[str]) -> bool:
+    """Whether `key=value`, in front of the options `rest`, is read as one option of that value."""
+    try:
+        return split_list(",".join([part, *rest]))[0] == part and list(parse_options(part).values()) == [value]
+    except InvalidInput:
+        return False
+
+
+def _quoted(value: Any) -> str:
+    style: dict[str, Any] = {"default_flow_style": True, "allow_unicode": True, "sort_keys": False, "width": math.inf}
+    return str(yaml.dump(value, None, _Dumper, **style)).rstrip()
 
 
 def _plain(value: Any) -> str:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job, RunRecord
@@ -13,7 +15,16 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.labels import distinctly_labelled
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import make_tables
-from ganomaly_plugin.selection import Selection, parse_selection, show
+from ganomaly_plugin.selection import Selection, parse_label, parse_selection, show, split_list
+
+MARKS = st.text(alphabet="ab1e.-'\"[]{}(),:=#*&%@!|>?~ \\\n", max_size=8)
+TEXT = (
+    MARKS | st.text(max_size=8) | st.sampled_from(["yes", "null", "None", "1e-4", "1:30", "2026-02-30", "a, b", "*.png", "<<"])
+)
+SCALARS = TEXT | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=4
+)
 
 
 def record(auroc: float, label: str = "ae[lr=0.5]", protocol: str = "one-anomalous/strict-v1", **hparams: object) -> RunRecord:
@@ -71,6 +82,53 @@ def test_a_label_names_a_budget_that_is_not_the_methods_own(tmp_path: Path, benc
 @pytest.mark.parametrize("value", [1e-4, 0.5, 50.0, 0.12345678, 1234567.0, 1e-300, 2 / 3])
 def test_a_label_reads_back_as_it_was(value: float) -> None:
     assert parse_selection(show("ae", {"lr": value}), "model").options["lr"] == value
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT.filter(lambda name: name and not name.endswith(":")), st.dictionaries(st.sampled_from("abc"), VALUES))
+def test_any_label_reads_back_as_it_was(name: str, options: dict[str, object]) -> None:
+    assert parse_selection(show(name, options), "model") == Selection(name, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({"mode": "*.png", "lr": 1e-4}, 'ae[lr=0.0001,mode="*.png"]'),
+        ({"mode": "a, b"}, 'ae[mode="a, b"]'),
+        ({"mode": "1"}, 'ae[mode="1"]'),
+        ({"x": {"a": 1, "b": 2}, "y": None}, "ae[x={'a': 1, 'b': 2},y=None]"),
+        ({"a": "it's", "b": "'", "c": "it's"}, """ae[a=it's,b="'",c=it's]"""),
+        ({"a": True, "b": "batch", "c": [-1, 1], "d": "b{1}", "e": "c)"}, "ae[a=true,b=batch,c=[-1, 1],d=b{1},e=c)]"),
+    ],
+)
+def test_labels_have_quotes_only_where_they_need_them(options: dict[str, object], label: str) -> None:
+    assert show("ae", options) == label and parse_selection(label, "model") == Selection("ae", options)
+    assert show("x[y]", {"lr": 1}) == '"x[y]"[lr=1]'
+
+
+def test_lists_are_split_outside_quotes_brackets_and_braces() -> None:
+    assert split_list("""a[x="b],"],'c, d', it's,{"k":{"l":1,"m":2},"n":3},,e""") == [
+        """a[x="b],"]""",
+        "'c, d'",
+        "it's",
+        """{"k":{"l":1,"m":2},"n":3}""",
+        "e",
+    ]
+
+
+@pytest.mark.parametrize("text", ["x=2026-02-30", 'x="\\q"'])
+def test_values_that_are_not_yaml_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="Cannot read the value of"):
+        parse_selection(f"ae[{text}]", "model")
+    with pytest.raises(InvalidInput, match="without quotes"):
+        parse_selection('"\\q"', "model")
+
+
+def test_labels_from_before_quotes_are_told_apart_too() -> None:
+    old = "ae[mode=*.png]"
+    assert parse_label(old) == Selection(old)
+    named = distinctly_labelled([record(0.9, old, width=16), record(0.5, old, width=32)])
+    assert [each.job.label for each in named] == ['"ae[mode=*.png]"[width=16]', '"ae[mode=*.png]"[width=32]']
 
 
 def test_categories_have_images_of_their_own_and_others_do_not() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import blobs
+from test_measures import fill, outcome
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc, named_arrays
@@ -126,6 +127,16 @@ def test_tables_show_all_scores_side_by_side(bench, results):
     assert f"{wanted:.3f}" in table or f"{wanted:.6f}" in table or str(wanted)[:8] in table
     np.testing.assert_array_equal(arrays["score.latent"], arrays["score"])
     assert json.loads(bench("tables", results, "--format", "json")[1])  # the plain tables are as they were
+
+
+def test_a_label_that_cannot_be_read_has_scores_too(bench, tmp_path):
+    names = ["mod:Cls[mode=*.png]", "mod:Cls[mode=a, b]", "x[y]"]
+    made = [outcome(name) for name in names]
+    for each in made:
+        each.arrays.update({f"{kind}score.latent": each.arrays[f"{kind}score"] for kind in ("", "reference_")})
+    code, table, err = bench("tables", fill(tmp_path / "out", made).folder, "--scores", "all", "--format", "json")
+    assert code == 0, err
+    assert {row["detector"] for row in json.loads(table)[0]["rows"]} == {f'"{name}"[score_by=latent]' for name in names}
 
 
 @pytest.mark.parametrize(

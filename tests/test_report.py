@@ -172,9 +172,15 @@ def test_provenance_is_counted(tmp_path: Path) -> None:
     assert [count for count, _ in page_module.machines(results.records)] == [2] and page_module.commands(results.records) == []
 
 
+def test_a_bar_is_no_dash_in_latex(tmp_path: Path, bench) -> None:
+    store = fill(tmp_path / "out", [outcome("a|b")])
+    assert bench("tables", store.folder)[0] == 0
+    assert r"a\textbar{}b" in (store.folder / "auc.tex").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
 def test_latex_tables_compile(tmp_path: Path, bench) -> None:
-    made = [outcome(d, c) for d in ("ganomaly[features=16]", r"50%_&#{}~^\$<é>") for c in ("bird", "frog")]
+    made = [outcome(d, c) for d in ("ganomaly[features=16]", r"50%_&#{}~^\$<é>|") for c in ("bird", "frog")]
     store = fill(tmp_path / "out", made)
     code, latex, _ = bench("tables", store.folder, "--format", "latex", "--against", "published", "--metrics", "auroc,fpr95")
     assert code == 0

@@ -12,6 +12,7 @@ from test_measures import fill, outcome
 from ganomaly_plugin import load_results
 from ganomaly_plugin.core import Outcome, RunRecord
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.report.groups import groups
 from ganomaly_plugin.samples import KINDS, choose, sample
 from ganomaly_plugin.store import Store
 
@@ -43,6 +44,26 @@ def test_frames_and_tables(tmp_path: Path) -> None:
         results.table("auroc", dataset="mnist")
     with pytest.raises(InvalidInput, match="not a results folder"):
         load_results(tmp_path)
+
+
+def test_labels_that_cannot_be_read_leave_figures_and_names(tmp_path: Path, bench) -> None:
+    names = ["mod:Cls[mode=*.png]", "mod:Cls[mode=a, b]", "x[y]", "pca[k=1,n=2]", "pca[k=1,n=3]"]
+    store = fill(tmp_path / "out", [outcome(name, shift=1.0 + k) for k, name in enumerate(names)])
+    code, _, err = bench("plot", "roc", store.folder, "--out", tmp_path / "roc.pdf")
+    assert code == 0, err
+    assert bench("report", store.folder)[0] == 0
+    assert "Cannot read" not in (store.folder / "report.html").read_text(encoding="utf-8")
+    (group,) = groups(load_results(store.folder), detectors=["mod:Cls", "x[y]", "pca"])
+    assert group.names() == {**{name: name for name in names[:3]}, names[3]: "pca[n=2]", names[4]: "pca[n=3]"}
+    assert group.common == "Short names leave out k=1."
+
+
+@pytest.mark.parametrize("words", [["--against", "published"], ["--metrics", "eer"], ["--metrics", "auroc"]])
+def test_a_report_refuses_what_it_would_leave_out(tmp_path: Path, bench, words: list[str]) -> None:
+    store = fill(tmp_path / "out", [outcome("a")])
+    code, out, err = bench("tables", store.folder, "--report", *words)
+    assert code == 2 and not out and f"Leave out {' '.join(words)}, or --report" in err
+    assert bench("tables", store.folder, "--report", "--metrics", "auroc,auprc")[0] == 0  # as without
 
 
 def test_stats_say_what_they_can(tmp_path: Path, bench) -> None:

@@ -46,6 +46,11 @@ def tables(options: Any) -> int:
         raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
     if options.report and options.format != "text":
         raise InvalidInput(f"--report prints text only. Leave out --format {options.format}.")
+    if options.report and options.against:
+        raise InvalidInput(f"--report has nothing to show beside it. Leave out --against {options.against}, or --report.")
+    if options.report and tuple(options.metrics) != PLAIN_METRICS:
+        metrics = ",".join(options.metrics)
+        raise InvalidInput(f"--report has measures of its own. Leave out --metrics {metrics}, or --report.")
     if options.per_class and not options.report:
         raise InvalidInput("--per-class is of --report: a table has its classes anyway. Add --report.")
     if options.report:

@@ -16,7 +16,7 @@ from ganomaly_plugin.report.frame import runs_frame, split_category
 from ganomaly_plugin.report.measures import measured_frame
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.tables import MEAN, Table, describe_data, make_tables
-from ganomaly_plugin.selection import Selection, parse_selection, show
+from ganomaly_plugin.selection import Selection, parse_label, show
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Group:
     def common(self) -> str:
         """A sentence on what short names leave out, or nothing."""
         shared = shared_options(self.table.rows)
-        return f"Short names leave out {show('', shared)[1:-1].replace(',', ', ')}." if shared else ""
+        shown = ", ".join(show("", {name: value})[1:-1] for name, value in sorted(shared.items()))
+        return f"Short names leave out {shown}." if shared else ""
 
     def colour(self, detector: str) -> int:
         """The number of its colour: the same in all figures of the group."""
@@ -108,7 +109,7 @@ def class_of(record: RunRecord) -> str:
 
 def shared_options(detectors: Iterable[str]) -> dict[str, Any]:
     """Options that several detectors have with one value, and none of the same name lacks: they tell nobody apart."""
-    parsed = [parse_selection(name, "model") for name in detectors]
+    parsed = [parse_label(name) for name in detectors]
     carriers: dict[str, list[Selection]] = {}
     for selection in parsed:
         for option in selection.options:
@@ -127,8 +128,9 @@ def short_names(detectors: Sequence[str]) -> dict[str, str]:
     shared = shared_options(detectors)
     found = {}
     for name in detectors:
-        selection = parse_selection(name, "model")
-        found[name] = show(selection.name, {k: v for k, v in selection.options.items() if k not in shared})
+        selection = parse_label(name)
+        telling = {k: v for k, v in selection.options.items() if k not in shared}
+        found[name] = name if telling == selection.options else show(selection.name, telling)
     return found
 
 
@@ -148,15 +150,13 @@ def groups(
         InvalidInput: A name is not there, or nothing is left of all together.
     """
     records = results.records
-    names = sorted({label(record) for record in records})
-    bare = {name.split("[")[0] for name in names}
-    _check("detector", detectors, {*names, *bare})
+    _check("detector", detectors, {name for record in records for name in _calls(record)})
     _check("class", classes, {class_of(record) for record in records})
     _check("protocol", protocols, {record.job.protocol for record in records})
 
     def chosen(record: RunRecord) -> bool:
-        name, part = label(record), class_of(record)
-        wanted = not detectors or name in detectors or name.split("[")[0] in detectors
+        part = class_of(record)
+        wanted = not detectors or not _calls(record).isdisjoint(detectors)
         return wanted and (not classes or part in classes) and (not protocols or record.job.protocol in protocols)
 
     made = list(_groups(results, chosen))
@@ -168,6 +168,11 @@ def groups(
             f"{results.store.folder} has no finished job of these names. Leave out a filter; bench tables shows all."
         )
     return made
+
+
+def _calls(record: RunRecord) -> set[str]:
+    """What the record's detector goes by."""
+    return {label(record), label(record).split("[")[0], record.job.detector}
 
 
 def _check(kind: str, wanted: Sequence[str], known: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ def styled(theme: Theme) -> Iterator[None]:
         "text.usetex": False,
         "text.parse_math": False,  # a dollar sign in a name is one
     }
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        if theme is PAGE:  # whose texts the browser draws, in fonts of its own
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
         yield
