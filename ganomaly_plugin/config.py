@@ -10,12 +10,21 @@ from typing import Any
 
 import yaml
 
-from ganomaly_plugin.core import Job, canonical_json
+from ganomaly_plugin.core import Job
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
 from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
 from ganomaly_plugin.errors import InvalidInput, unknown
-from ganomaly_plugin.hparams import canonical_hparams, default_hparams
+from ganomaly_plugin.hparams import (
+    canonical_hparams,
+    check_recordable,
+    check_remade,
+    check_told,
+    checked_hparams,
+    default_hparams,
+    holds_special,
+    told_hparams,
+)
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import entries, make_detector, resolve
 from ganomaly_plugin.selection import Selection, show
@@ -83,19 +92,46 @@ class Model:
         hparams = dict(self.given)
         if self.protocol_batchnorm and "batchnorm" not in hparams:
             hparams["batchnorm"] = protocol.batchnorm
-        detector = make_detector(self.name, **hparams)
-        resolved = canonical_hparams(getattr(detector, "hparams", None) or {**default_hparams(self.cls), **hparams})
+        resolved = resolved_hparams(self.name, self.cls, hparams)
         epochs = (self.epochs or self.default_epochs) if self.has_epochs and self.steps is None else None
-        defaults = canonical_hparams(default_hparams(self.cls))
+        defaults = canonical_hparams(self.cls, default_hparams(self.cls))
         if self.protocol_batchnorm:  # a name without options means the protocol's, and another choice shows
             defaults["batchnorm"] = protocol.batchnorm
-        shown = {key: value for key, value in canonical_hparams(dict(self.given)).items() if value != defaults.get(key)}
+        given = canonical_hparams(self.cls, self.given)
+        shown = {key: value for key, value in given.items() if value != defaults.get(key)}
         if epochs is not None and (self.default_steps is not None or epochs != self.default_epochs):
             shown["epochs"] = epochs
         if self.steps is not None and self.steps != self.default_steps:
             shown["steps"] = self.steps
         label = show(self.name, shown)
         return {"detector": self.name, "hparams": resolved, "epochs": epochs, "steps": self.steps, "label": label}
+
+
+def resolved_hparams(name: str, cls: Any, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a detector made with `hparams`, defaults filled in, as its job holds them.
+
+    Raises:
+        InvalidInput: A hyperparameter is not usable, the detector does not tell it, or its record would not make it again.
+    """
+    given = dict(hparams)
+    told = told_hparams(name, make_detector(name, **given))
+    if told:
+        check_told(name, cls, given, told)
+    values = told or {**default_hparams(cls), **given}
+    resolved = canonical_hparams(cls, values)
+    if any(map(holds_special, values.values())):
+        again = _remade(name, cls, resolved)
+        for key, value in values.items():
+            check_remade(name, key, value, again.get(key))
+    return resolved
+
+
+def _remade(name: str, cls: Any, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What a worker gets that makes the detector of `resolved`; {} when it cannot."""
+    try:
+        return told_hparams(name, make_detector(name, **resolved)) or checked_hparams(name, cls, resolved)
+    except InvalidInput:
+        return {}
 
 
 def check_keys(path: str) -> None:
@@ -171,13 +207,8 @@ def _key(job: Job) -> str:
     try:
         return job.key
     except (TypeError, ValueError):
-        for name, value in {**job.data, **job.hparams}.items():
-            try:
-                canonical_json(value)
-            except (TypeError, ValueError) as error:
-                owner = job.dataset if name in job.data else job.detector
-                wanted = "Give finite numbers, text, true, false, and lists and mappings of such"
-                raise InvalidInput(f"{owner}: {name} is {value!r}, which no record can hold. {wanted}.") from error
+        check_recordable(job.dataset, job.data)
+        check_recordable(job.detector, job.hparams)
         raise
 
 
@@ -237,13 +268,16 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
     steps = _steps(name, given, options, experiment, recipe or getattr(cls, "has_steps", False), default_steps)
     if steps is not None and "epochs" in options:
         raise InvalidInput(f"{name} has a budget of epochs={epochs} and of steps={steps}. Give one of them.")
-    make_detector(name, **given)
+    has_epochs = recipe or getattr(cls, "has_epochs", True)
+    if "epochs" in options and "epochs" not in known and not has_epochs:
+        raise InvalidInput(f"{name} does not train in epochs, got epochs={epochs}. Leave epochs out.")
+    resolved_hparams(name, cls, given)
     model = Model(
         name=name,
         given=given,
         epochs=epochs,
         default_epochs=getattr(cls, "default_epochs", None),
-        has_epochs=recipe or getattr(cls, "has_epochs", True),
+        has_epochs=has_epochs,
         protocol_batchnorm="batchnorm" in known and getattr(cls, "protocol_batchnorm", True),
         cls=cls,
         steps=steps,

@@ -6,14 +6,18 @@ import collections.abc
 import dataclasses
 import enum
 import inspect
+import json
 import re
+import types
 import typing
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.errors import InvalidInput, check_known
+from ganomaly_plugin.core import canonical_json
+from ganomaly_plugin.errors import InvalidInput, check_known, one_line
 
 
 def default_hparams(cls: type) -> dict[str, Any]:
@@ -48,11 +52,23 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
             raise InvalidInput(f"{name}: {key} is {value!r}, and a class path is imported nowhere here. Give a plain value.")
         try:
             parsed = parser.parse_object({key: value}, defaults=False)
-        except (ArgumentError, TypeError, ValueError) as error:
+            if value is None and known[key] is not None and not _takes_none(hints.get(key)):
+                raise TypeError("the parser takes None for any type")
+        except (ArgumentError, OverflowError, TypeError, ValueError) as error:
             allowed = hints.get(key) or inspect.signature(cls).parameters[key].annotation
             raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.") from error
         plain[key] = parsed[key]
     return plain
+
+
+def _takes_none(hint: Any) -> bool:
+    """Whether None is a value of the type `hint`, or may be, for all that can be told."""
+    origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return None in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_takes_none, typing.get_args(hint)))
+    return not isinstance(origin, type) or origin in (object, type(None))
 
 
 def _plain(value: Any) -> Any:
@@ -110,6 +126,94 @@ _PLAIN = {
 }
 
 
-def canonical_hparams(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` as plain JSON values, for records and keys."""
-    return {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in values.items()}
+def canonical_hparams(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of the hyperparameters of `cls` as plain JSON values, for records and keys."""
+    hints = _hints(cls)
+    return {key: _canonical(hints.get(key), value) for key, value in values.items()}
+
+
+def _canonical(hint: Any, value: Any) -> Any:
+    """`value` with tuples as lists, paths as text and members of an Enum by their names.
+
+    A member that is text or a number itself stays that where `cls` takes such, as it does where nothing is said.
+    """
+    if isinstance(value, enum.Enum):
+        plain = isinstance(value, (str, int, float)) and (
+            type(value) not in _leaves(hint) or bool(_leaves(hint) & set(type(value).__mro__[1:]))
+        )
+        return value.value if plain else value.name
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _canonical(hint, part) for key, part in value.items()}
+    return [_canonical(hint, part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def told_hparams(name: str, detector: Any) -> dict[str, Any]:
+    """What the detector's own `hparams` say; {} where it has none.
+
+    Raises:
+        InvalidInput: They are no mapping, such as a method, or cannot be had.
+    """
+    try:
+        told = detector.hparams
+    except (Exception, SystemExit) as error:  # another package's property may raise anything
+        if isinstance(error, AttributeError) and inspect.getattr_static(detector, "hparams", None) is None:
+            return {}
+        raise InvalidInput(f"{name}: its hparams cannot be read: {one_line(error)}. Mend that property.") from error
+    if told is not None and not isinstance(told, Mapping):
+        raise InvalidInput(f"{name}: its hparams is a {type(told).__name__}, not a dict. Make it a property that returns one.")
+    return dict(told or {})
+
+
+def check_told(name: str, cls: type, hparams: dict[str, Any], told: Mapping[str, Any]) -> None:
+    """Raise InvalidInput when `told`, a detector's own `hparams`, forgets one of `hparams`, which it was made with.
+
+    It may leave out, or resolve as it likes, what is at its default. The job would otherwise be one of another setting.
+    """
+    known, given = default_hparams(cls), checked_hparams(name, cls, hparams)
+    hints = _hints(cls)
+    for key, value in given.items():
+        default, wanted, has = (_canonical(hints.get(key), each) for each in (known[key], value, told.get(key)))
+        if _agree(default, wanted) or (key in told and (_agree(has, wanted) or _agree(has, getattr(value, "value", wanted)))):
+            continue
+        found = f"but {has!r}; return it" if key in told else "and would be run without it; add it"
+        raise InvalidInput(f"{name} does not return the option {key} in its hparams as {wanted!r}, {found} there.")
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two values are one in a record, 1 and 1.0 alike; yes for an `other` that none can hold: the job's key says so."""
+    try:
+        wanted = json.loads(canonical_json(other))
+    except (TypeError, ValueError):
+        return True
+    try:
+        return bool(json.loads(canonical_json(one)) == wanted)
+    except (TypeError, ValueError):
+        return False
+
+
+def check_remade(name: str, key: str, value: Any, again: Any) -> None:
+    """Raise InvalidInput when `value` holds a path or a member of an Enum and `again`, made from its record, is not it."""
+    if holds_special(value) and value != again:
+        raise InvalidInput(
+            f"{name}: {key} is {value!r}, which a record holds as text that does not make it again. Annotate {key} in the "
+            "constructor with its type."
+        )
+
+
+def holds_special(value: Any) -> bool:
+    """Whether `value` is or holds a path or a member of an Enum, which records hold as text."""
+    if isinstance(value, (tuple, list)):
+        return any(map(holds_special, value))
+    return isinstance(value, (enum.Enum, PurePath))
+
+
+def check_recordable(owner: str, values: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for an option of `owner` that no record can hold, such as an infinite number."""
+    for key, value in values.items():
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError) as error:
+            wanted = "Give finite numbers, text, true, false, and lists and mappings of such"
+            raise InvalidInput(f"{owner}: {key} is {value!r}, which no record can hold. {wanted}.") from error

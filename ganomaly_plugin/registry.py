@@ -146,7 +146,7 @@ def resolve(kind: str, name: str) -> Any:
         raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing a user's module may raise anything, a SyntaxError first of all
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
     if kind == "detector" and not _looks_like_a_detector(found):
         raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")
@@ -181,7 +181,7 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
         made = cls(**arguments)
     except BenchError:
         raise
-    except Exception as error:  # abstract, an argument without default was not given, or a value that it does not take
+    except (Exception, SystemExit) as error:  # abstract, an argument without default not given, or a value it does not take
         raise InvalidInput(f"Cannot make detector {name!r}: {one_line(error)}. Complete its class or its options.") from error
     if isinstance(made, Recipe):
         from ganomaly_plugin.training.detector import RecipeDetector

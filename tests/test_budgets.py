@@ -171,3 +171,18 @@ def test_bench_run_states_its_fallbacks_and_refuses_a_share_that_leaves_nothing(
     assert "FAILED: val_share=0.1 of 5 training images leaves none to hold out. Give more images, a val_share of 0.2" in err
     code, _, err = bench(*words, "--datasets", write_folder(tmp_path / "one", 1), "--out", tmp_path / "out1")
     assert code == 2 and "has 1 normal image to train on; at least 2 are needed" in err
+
+
+def test_a_detector_without_epochs_takes_none(bench):
+    words = ("run", "--datasets", "digits", "--classes", "0", "--dry-run")
+    code, _, err = bench(*words, "--models", "pca[epochs=7]")
+    assert code == 2 and "pca does not train in epochs, got epochs=7. Leave epochs out." in err
+    assert bench(*words, "--models", "pca", "--epochs", "7")[0] == 0  # of those that train
+
+
+def test_none_where_a_number_is_wanted_is_named():
+    with pytest.raises(InvalidInput, match="ganomaly: features must be int, got None"):
+        make_detector("ganomaly", features=None)
+    with pytest.raises(InvalidInput, match=r"ganomaly: select must be .*, got None"):
+        make_detector("ganomaly", select=None)
+    assert make_detector("ganomaly_plus", ema_decay=None).hparams["ema_decay"] is None

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import odd_options
 import pytest
 from PIL import Image
 
 from ganomaly_plugin.datasets import anomalib_sets, cache, elpv, torchvision_sets, torchvision_table
-from ganomaly_plugin.datasets.base import ImageDataset, _load_cached, load_dataset
+from ganomaly_plugin.datasets.base import ImageDataset, _load_cached, check_options, load_dataset
 from ganomaly_plugin.datasets.splits import make_split
 from ganomaly_plugin.errors import CorruptFile, InvalidInput
 
@@ -420,6 +421,48 @@ def test_a_loader_that_returns_something_else_is_named(monkeypatch: pytest.Monke
         load_dataset("ganomaly_plugin.datasets.anomalib_sets:made_here")
     assert said in str(caught.value) and "\n" not in str(caught.value)
     _load_cached.cache_clear()
+
+
+def test_options_of_a_users_loader(bench, tmp_path: Path) -> None:
+    defaults = {"opt": None, "mean": (0.0, 1.0), "steps": [1, 2], "noise": 0.1, "kind": odd_options.Kind.GOOD}
+    for written, seen in (
+        ("", {}),
+        ("opt={a: 1}", {"opt": {"a": 1}}),
+        ("opt={1: [2]}", {"opt": {"1": [2]}}),  # as a worker would read it from the record
+        ("opt=[1,[2]]", {"opt": [1, [2]]}),
+        ("mean=[1.0,2.0]", {"mean": (1.0, 2.0)}),
+        ("steps=[3]", {"steps": [3]}),
+        ("noise=1", {"noise": 1.0}),
+        ("kind=bad", {"kind": "bad"}),
+        ("mean=[0.0,1.0],steps=[1,2],kind=good", {}),
+    ):
+        odd_options.SEEN.clear()
+        _load_cached.cache_clear()
+        words = ["--datasets", f"odd_options:load[{written}]", "--models", "mean_intensity", "--classes", "a"]
+        code, _, stderr = bench("run", *words, "--out", tmp_path / f"out {written}")
+        assert code == 0, stderr
+        assert repr(odd_options.SEEN) == repr([{**defaults, **seen}])  # types included
+    assert load_dataset("odd_options:load", opt=1) is not load_dataset("odd_options:load", opt=True)
+    assert check_options("odd_options:load", {"mean": (1.0, 2.0)})["mean"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("load[noise=true]", "Option noise of data set odd_options:load must be float, got True."),
+        (f"load[noise=1{400 * '0'}]", "must be float, got 1000"),
+        ("load[mean=1]", "Option mean of data set odd_options:load must be list, got 1."),
+        ("load[opt=.inf]", "odd_options:load: opt is inf, which no record can hold"),
+        ("load[opt=2024-01-01]", "which no record can hold"),
+        ("needs", "odd_options:needs needs the option needed: write odd_options:needs[needed=…]."),
+        ("needs[needed=1]", ""),
+        ("leaves", "The data set odd_options:leaves (image_size=8) cannot be loaded: SystemExit"),
+    ],
+)
+def test_what_a_users_loader_does_not_take(bench, name: str, said: str) -> None:
+    words = ["--datasets", f"odd_options:{name}", "--models", "mean_intensity", "--classes", "a", "--dry-run"]
+    code, _, stderr = bench("run", *words)
+    assert code == (2 if said else 0) and said in stderr and stderr.count("\n") <= 1, stderr
 
 
 @pytest.mark.slow

@@ -9,11 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import odd_options
 import pytest
 
 import ganomaly_plugin
 from ganomaly_plugin import list_detectors, make_detector
+from ganomaly_plugin.config import Experiment, expand
+from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.selection import Selection
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 
@@ -104,7 +108,12 @@ def test_a_package_cannot_take_a_built_in_name(target: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("code", "reason"),
-    [("import no_such_library", "No module named 'no_such_library'"), ("1 +", "SyntaxError"), ("1 / 0", "ZeroDivisionError")],
+    [
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("1 +", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("exit()", "SystemExit"),
+    ],
 )
 def test_a_package_that_cannot_be_imported_is_named(code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     claim(tmp_path, "broken-pack", "broken_one", "broken_module:Detector")
@@ -114,3 +123,70 @@ def test_a_package_that_cannot_be_imported_is_named(code: str, reason: str, tmp_
     with pytest.raises(InvalidInput, match="Cannot import detector 'broken_one'") as caught:
         make_detector("broken_one")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def jobs(name: str, **options):
+    models = [Selection(f"odd_options:{name}", options)]
+    return expand(Experiment(models, [Selection("digits")], ["one-anomalous/strict-v1"], ["0"], image_size=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "recorded", "label"),
+    [
+        ("Named", {}, {"norm": "FLAT", "weights": "none"}, ""),
+        ("Named", {"norm": "ROUND", "weights": "a/b"}, {"norm": "ROUND", "weights": "a/b"}, "[norm=ROUND,weights=a/b]"),
+        ("Named", {"norm": odd_options.Norm.ROUND, "weights": Path("a")}, {"norm": "ROUND"}, "[norm=ROUND,weights=a]"),
+        ("Named", {"norm": "FLAT"}, {"norm": "FLAT"}, ""),
+        ("Bare", {"norm": "ROUND"}, {"norm": "ROUND", "weights": "none"}, "[norm=ROUND]"),
+        ("Told", {"norm": "ROUND", "weights": "a"}, {"norm": "ROUND", "weights": "a"}, "[norm=ROUND,weights=a]"),
+        ("Mixed", {}, {"kind": "good", "also": "good", "named": "GOOD"}, ""),
+        (
+            "Mixed",
+            {"kind": "bad", "also": "bad", "named": "BAD"},
+            {"kind": "bad", "also": "bad"},
+            "[also=bad,kind=bad,named=BAD]",
+        ),
+    ],
+)
+def test_members_of_an_enum_and_paths_are_recorded(name: str, given: dict, recorded: dict, label: str):
+    (job,) = jobs(name, **given)
+    assert recorded.items() <= job.hparams.items() and job.label == f"odd_options:{name}{label}"
+    assert Job.from_dict(json.loads(json.dumps(job.to_dict()))).key == job.key
+    again = make_detector(job.detector, **job.hparams)
+    if name != "Mixed":
+        assert isinstance(getattr(again, "recipe", again).norm, odd_options.Norm)
+        assert isinstance(getattr(again, "recipe", again).weights, Path)
+
+
+def test_a_detector_with_an_enum_runs(bench, tmp_path: Path):
+    models = "odd_options:Bare[norm=ROUND],odd_options:Told,odd_options:Named[norm=ROUND,features=2,epochs=1]"
+    words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path / "out")
+    code, out, err = bench("run", "--models", models, *words)
+    assert code == 0 and "odd_options:Bare[norm=ROUND]" in out, err
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("Unsaid", "", "norm is <Norm.FLAT: 'l1'>, which a record holds as text that does not make it again. Annotate norm"),
+        ("Named", "norm=l1", "norm must be odd_options.Norm, got 'l1'"),
+        ("Forgets", "sign=2", "does not return the option sign in its hparams as 2, and would be run without it; add it there"),
+        ("Forgets", "betas=[0.1,0.9]", "does not return the option betas in its hparams as [0.1, 0.9]"),
+        ("Forgets", "power=-3", "does not return the option power in its hparams as -3.0, but 3.0; return it there"),
+        ("Method", "", "its hparams is a method, not a dict. Make it a property that returns one"),
+        ("Raises", "", "its hparams cannot be read: AttributeError: 'Raises' object has no attribute 'no_such_thing'"),
+        ("LeavesLater", "", "its hparams cannot be read: SystemExit: 0"),
+        ("Leaves", "", "Cannot make detector 'odd_options:Leaves': SystemExit"),
+    ],
+)
+def test_options_that_a_detector_does_not_tell_are_an_error(bench, name: str, given: str, said: str):
+    words = ("--datasets", "no_such_set", "--classes", "0", "--dry-run")  # before data are looked for
+    code, _, err = bench("run", "--models", f"odd_options:{name}[{given}]", *words)
+    assert code == 2 and f"odd_options:{name}" in err and said in err and err.count("\n") == 1, err
+
+
+def test_options_at_their_defaults_need_not_be_told():
+    (plain,) = jobs("Forgets")
+    for given in ({"sign": 1}, {"betas": [0.5, 0.9]}, {"betas": (0.5, 0.9)}, {"power": 2}):
+        assert [job.key for job in jobs("Forgets", **given)] == [plain.key]
+    assert jobs("Forgets", power=3)[0].hparams == {"power": 3.0}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ganomaly_plugin.core import canonical_json
 from ganomaly_plugin.errors import BenchError, InvalidInput, check_known, one_line
 from ganomaly_plugin.files import as_path
+from ganomaly_plugin.hparams import check_recordable
 from ganomaly_plugin.registry import resolve
 
 MAX_SIDE = 2048  # pixels
@@ -75,30 +79,78 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def default_options(name: str) -> dict[str, Any]:
-    """The options of the data set's loader and their defaults; `image_size` is one of them."""
+    """The options of the data set's loader and their defaults as records hold them; `image_size` is one of them.
+
+    An option that must be given has `inspect.Parameter.empty`.
+    """
+    return {key: _as_recorded(value) for key, value in _declared(name).items()}
+
+
+def _declared(name: str) -> dict[str, Any]:
+    """The options of the data set's loader and their defaults as its signature has them."""
     parameters = inspect.signature(resolve("data set", name)).parameters.values()
     return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "root"}
+
+
+def _text(value: Any) -> str | None:
+    """`value` as a record writes it; None for what no record can hold."""
+    try:
+        return canonical_json(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _as_recorded(value: Any) -> Any:
+    """`value` as it is read back from a record, tuples as lists; what no record can hold stays as it is."""
+    text = _text(value)
+    return value if text is None else json.loads(text)
+
+
+def _as_declared(default: Any, value: Any) -> Any:
+    """`value` out of a record as the loader takes it: lists as tuples where its default is a tuple."""
+    if _text(default) == _text(value):
+        return default
+    return _tuples(value) if isinstance(default, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` with the loader's defaults filled in.
 
     Raises:
-        InvalidInput: An option is unknown, or of another type than its default.
+        InvalidInput: An option is unknown, of another type than its default, or has none and is not given; or no record
+            can hold it.
     """
     known = default_options(name)
+    resolved = dict(known)
     for key, value in options.items():
         check_known(f"option of data set {name}", key, known)
-        want = type(known[key])
-        if want is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-            raise InvalidInput(f"Option {key} of data set {name} is text, and YAML reads {value!r} as a number. Quote it.")
-        if known[key] is not None and not (isinstance(value, want) and isinstance(value, bool) == (want is bool)):
-            raise InvalidInput(f"Option {key} of data set {name} must be {want.__name__}, got {value!r}.")
-    resolved = {**known, **options}
+        resolved[key] = _checked_option(name, key, _as_recorded(value), known[key])
+    for key, value in resolved.items():
+        if value is inspect.Parameter.empty:
+            raise InvalidInput(f"{name} needs the option {key}: write {name}[{key}=…].")
+    check_recordable(name, resolved)
     size = resolved.get("image_size")
     if isinstance(size, int) and not 1 <= size <= MAX_SIDE:
         raise InvalidInput(f"image_size of data set {name} must be at least 1 and at most {MAX_SIDE}, got {size}.")
     return resolved
+
+
+def _checked_option(name: str, key: str, value: Any, default: Any) -> Any:
+    """`value` when it is of the type of `default`, a whole number as a float where that is one."""
+    if default is None or default is inspect.Parameter.empty:
+        return value
+    want, number = type(default), isinstance(value, (int, float)) and not isinstance(value, bool)
+    if want is str and number:
+        raise InvalidInput(f"Option {key} of data set {name} is text, and YAML reads {value!r} as a number. Quote it.")
+    if want is float and number and abs(value) <= sys.float_info.max:
+        return float(value)
+    if not (isinstance(value, want) and isinstance(value, bool) == (want is bool)):
+        raise InvalidInput(f"Option {key} of data set {name} must be {want.__name__}, got {value!r}.")
+    return value
 
 
 def _checked(name: str, made: Any) -> ImageDataset:
@@ -139,14 +191,16 @@ def _faults(made: ImageDataset) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_cached(name: str, root: Path, options: tuple[tuple[str, Any], ...]) -> ImageDataset:
-    loader = resolve("data set", name)
+def _load_cached(name: str, root: Path, text: str) -> ImageDataset:
+    """The data set `name` with the options that the canonical JSON `text` holds, all of them."""
+    loader, declared = resolve("data set", name), _declared(name)
+    options = {key: _as_declared(declared[key], value) for key, value in json.loads(text).items()}
     try:
-        return _checked(name, loader(root=root, **dict(options)))
+        return _checked(name, loader(root=root, **options))
     except BenchError:
         raise
-    except Exception as error:  # a loader may raise anything for files or options that it did not expect
-        given = ", ".join(f"{key}={value}" for key, value in options)
+    except (Exception, SystemExit) as error:  # a loader may raise anything for files or options that it did not expect
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
         raise InvalidInput(f"The data set {name} ({given}) cannot be loaded: {one_line(error)}. Check its options.") from error
 
 
@@ -162,7 +216,7 @@ def load_dataset(name: str, *, root: str | os.PathLike[str] | None = None, **opt
         InvalidInput: The name or an option is unknown, or the files are not there: says where to put which.
     """
     resolved = check_options(name, options)
-    return _load_cached(name, data_root(root), tuple(sorted(resolved.items())))
+    return _load_cached(name, data_root(root), canonical_json(resolved))
 
 
 def resize(images: np.ndarray, size: int, chunk: int = 2048) -> np.ndarray:
