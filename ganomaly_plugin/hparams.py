@@ -183,14 +183,7 @@ def check_told(name: str, cls: type, hparams: dict[str, Any], told: Mapping[str,
 
 def _agree(one: Any, other: Any) -> bool:
     """Whether two values are one in a record, 1 and 1.0 alike; yes for an `other` that none can hold: the job's key says so."""
-    try:
-        wanted = json.loads(canonical_json(other))
-    except (TypeError, ValueError):
-        return True
-    try:
-        return bool(json.loads(canonical_json(one)) == wanted)
-    except (TypeError, ValueError):
-        return False
+    return recorded_text(other) is None or bool(as_recorded(one) == as_recorded(other))
 
 
 def check_remade(name: str, key: str, value: Any, again: Any) -> None:
@@ -209,11 +202,23 @@ def holds_special(value: Any) -> bool:
     return isinstance(value, (enum.Enum, PurePath))
 
 
+def recorded_text(value: Any) -> str | None:
+    """`value` as a record writes it; None for what no record can hold."""
+    try:
+        return canonical_json(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def as_recorded(value: Any) -> Any:
+    """`value` as it is read back from a record, tuples as lists; what no record can hold stays as it is."""
+    text = recorded_text(value)
+    return value if text is None else json.loads(text)
+
+
 def check_recordable(owner: str, values: Mapping[str, Any]) -> None:
     """Raise InvalidInput for an option of `owner` that no record can hold, such as an infinite number."""
     for key, value in values.items():
-        try:
-            canonical_json(value)
-        except (TypeError, ValueError) as error:
+        if recorded_text(value) is None:
             wanted = "Give finite numbers, text, true, false, and lists and mappings of such"
-            raise InvalidInput(f"{owner}: {key} is {value!r}, which no record can hold. {wanted}.") from error
+            raise InvalidInput(f"{owner}: {key} is {value!r}, which no record can hold. {wanted}.")

@@ -71,8 +71,9 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 def check_storable(record: RunRecord) -> None:
     """Raise InvalidInput when `record` holds what JSON has no form for, as a detector's own facts may, or no reader takes."""
     try:
-        text = sealed(record.to_dict())
-        json.dumps(record.to_dict(), ensure_ascii=False).encode()  # as tables are written
+        content = record.to_dict()
+        text = sealed(content)
+        json.dumps(content, ensure_ascii=False).encode()  # as tables are written
     except (TypeError, ValueError) as error:
         raise InvalidInput(
             f"describe() or history_ holds what a record cannot: {error}. Return plain finite numbers, text, lists and dicts."
@@ -178,6 +179,6 @@ def _check_label(job: Job) -> None:
     for name, value in said.options.items():
         its = known.get(name)
         if its != value and str(its) != str(value) and show("", {name: its}) != show("", {name: value}):  # -1 is -1.0 there
-            raise ValueError(f"its label says {name}={value}, its job {known.get(name)}")
+            raise ValueError(f"its label says {name}={value}, its job {its}")
     if said.name != job.detector:
         raise ValueError(f"its label names {said.name!r}, its job {job.detector!r}")

@@ -47,9 +47,6 @@ class Bare:
     def score(self, images):
         return np.asarray(images, dtype=float).mean((1, 2, 3)) + (self.norm is Norm.ROUND)
 
-    def save(self, path):
-        raise NotImplementedError
-
 
 class Told(Bare):
     """Tells its members and its path, which the constructor makes of text."""

@@ -18,7 +18,7 @@ import numpy as np
 from ganomaly_plugin.core import canonical_json
 from ganomaly_plugin.errors import BenchError, InvalidInput, check_known, one_line
 from ganomaly_plugin.files import as_path
-from ganomaly_plugin.hparams import check_recordable
+from ganomaly_plugin.hparams import as_recorded, check_recordable, recorded_text
 from ganomaly_plugin.registry import resolve
 
 MAX_SIDE = 2048  # pixels
@@ -83,7 +83,7 @@ def default_options(name: str) -> dict[str, Any]:
 
     An option that must be given has `inspect.Parameter.empty`.
     """
-    return {key: _as_recorded(value) for key, value in _declared(name).items()}
+    return {key: as_recorded(value) for key, value in _declared(name).items()}
 
 
 def _declared(name: str) -> dict[str, Any]:
@@ -92,23 +92,9 @@ def _declared(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "root"}
 
 
-def _text(value: Any) -> str | None:
-    """`value` as a record writes it; None for what no record can hold."""
-    try:
-        return canonical_json(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _as_recorded(value: Any) -> Any:
-    """`value` as it is read back from a record, tuples as lists; what no record can hold stays as it is."""
-    text = _text(value)
-    return value if text is None else json.loads(text)
-
-
 def _as_declared(default: Any, value: Any) -> Any:
     """`value` out of a record as the loader takes it: lists as tuples where its default is a tuple."""
-    if _text(default) == _text(value):
+    if recorded_text(default) == recorded_text(value):
         return default
     return _tuples(value) if isinstance(default, tuple) else value
 
@@ -128,7 +114,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(known)
     for key, value in options.items():
         check_known(f"option of data set {name}", key, known)
-        resolved[key] = _checked_option(name, key, _as_recorded(value), known[key])
+        resolved[key] = _checked_option(name, key, as_recorded(value), known[key])
     for key, value in resolved.items():
         if value is inspect.Parameter.empty:
             raise InvalidInput(f"{name} needs the option {key}: write {name}[{key}=…].")

@@ -148,8 +148,6 @@ class BaseDetector(ABC):
             torch.save(content, partial)
             _check_loads(partial)
             partial.replace(target)
-        except InvalidInput:
-            raise
         except (OSError, RuntimeError) as error:
             raise InvalidInput(f"Cannot write the detector to {target}: {error}. Choose a folder that exists.") from error
         finally:

@@ -110,7 +110,7 @@ class StackedTrainer:
         }
         self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._optimisers = [make_optimiser(phase.optimiser, self._trained(phase)) for phase in self.phases]
-        self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._state_dict().items()}
+        self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._tensors().items()}
         self.steps = 0
         self._spares = {
             phase.name: Spares(
@@ -192,7 +192,7 @@ class StackedTrainer:
 
     def scoring_networks(self, model: int) -> dict[str, nn.Module]:
         """The networks of one model to score with: the averaged ones when the recipe averages."""
-        state = self._state_dict() if self._average is None else self._average
+        state = self._tensors() if self._average is None else self._average
         networks = copy.deepcopy(self._template.networks)
         with torch.no_grad():
             for name, tensor in chain(networks.named_parameters(), networks.named_buffers()):
@@ -250,13 +250,13 @@ class StackedTrainer:
     def _trained(self, phase: Phase) -> list[Any]:
         return [self.weights[name] for name in self._trained_names(phase)]
 
-    def _state_dict(self) -> dict[str, Tensor]:
-        """Weights and buffers of all models, also buffers that a `state_dict` leaves out, by their names in the template."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers of all models by their names in the template, also buffers that a `state_dict` leaves out."""
         return {**self.weights, **self.buffers}
 
     def _update_average(self) -> None:
         assert self._average is not None and self.recipe.ema_decay is not None
-        update, current = warmed_average(self.recipe.ema_decay), self._state_dict()
+        update, current = warmed_average(self.recipe.ema_decay), self._tensors()
         for floating in (True, False):
             names = [name for name, value in current.items() if value.is_floating_point() is floating]
             averaged, now = [self._average[name] for name in names], [current[name].detach() for name in names]
