@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from ganomaly_plugin import __version__
@@ -320,12 +320,16 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     match = re.search(
         r"does not accept option '([\w.-]+)'|Option '([\w.-]+)' is not accepted|Unrecognized arguments: -{1,2}([\w-]+)", text
     )
-    if match and command:
-        name = next(filter(None, match.groups())).split(".")[-1].replace("-", "_")
+    stray = re.search(r"Unrecognized arguments: ([^-\s]\S*)", text)
+    if (match or stray) and command:
         fresh = ArgumentParser(exit_on_error=False)
         COMMANDS[command][0](fresh)
-        known = [action.dest for action in fresh._actions if action.dest not in ("help", "print_config")]
-        return one_line(unknown(f"option of bench {command}", name, known))
+        actions = {action.dest: action for action in fresh._actions if action.dest not in ("help", "print_config")}
+        if match:
+            name = next(filter(None, match.groups())).split(".")[-1].replace("-", "_")
+            return one_line(unknown(f"option of bench {command}", name, list(actions)))
+        if stray:
+            return _of_stray(stray[1], command, words, actions)
     dashed = re.search(r'Key "(\w+)" not found in namespace', text)
     if dashed:  # what the parser makes of a config's key with a dash, which it takes for the option and does not find
         return f"A config has a key {dashed[1].replace('_', '-')!r}. Write {dashed[1]}: keys of a config have no dashes."
@@ -336,3 +340,19 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     if missing:
         return f"No config file at {missing[1]}. Give the path of a YAML file."
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."
+
+
+def _of_stray(stray: str, command: str, words: Sequence[str], actions: dict[str, Any]) -> str:
+    """What to do about a word that belongs to no option: mostly values apart by spaces, or a value that was to be quoted."""
+    said = f"bench {command} cannot place {stray!r}."
+    place = next((k for k, word in enumerate(words) if k and word == stray and not words[k - 1].startswith("-")), 0)
+    at = next((k for k in range(place, 0, -1) if words[k].startswith("--")), None)
+    if at is None:
+        return f"{said} Write options as --NAME VALUE; see bench {command} --help."
+    option, _, first = words[at].partition("=")
+    values = [first, *takewhile(lambda word: not word.startswith("-"), words[at + 1 :])]
+    action = actions.get(option[2:].replace("-", "_"))
+    if action is not None and action.type in (listed, names, raw):
+        together = ",".join(value.strip(",") for value in values if value.strip(","))
+        return f"{said} Put commas, and no spaces, between the values of an option: {option} {together}."
+    return f"{said} {option} takes one value; quote one that has spaces: {option} '{' '.join(values).strip()}'."
