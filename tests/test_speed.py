@@ -6,6 +6,7 @@ import functools
 import types
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,10 @@ import torch
 from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.selection import Selection
 from ganomaly_plugin.speed import command, timing, trainers, work
+from ganomaly_plugin.speed.measure import time_scoring
 from ganomaly_plugin.speed.peers import AnomalibEngine
 from ganomaly_plugin.speed.timing import time_in_turns
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting, plain, steps_in_cycle
@@ -186,6 +190,14 @@ def test_peak_memory_by_hand() -> None:
         return b * 2
 
     assert peak_memory(task, CPU) == pytest.approx(2e6, rel=1e-3)
+
+
+def test_peak_memory_of_scoring_is_that_of_the_call_that_is_timed() -> None:
+    images = np.zeros((300, 1, 16, 16), np.uint8)
+    (row,) = time_scoring([Selection("ae", {"features": 2})], images, CPU, repeats=5)
+    detector = make_detector("ae", features=2).fit(images[:64], epochs=1, device="cpu")
+    weights = sum(t.nbytes for net in detector.networks_.values() for t in [*net.parameters(), *net.buffers()])
+    assert row.peak_memory == pytest.approx(weights + peak_memory(lambda: detector.score(images), CPU), rel=1e-2)
 
 
 def test_turns_are_fair() -> None:

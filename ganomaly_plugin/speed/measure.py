@@ -23,9 +23,10 @@ from ganomaly_plugin.speed.trainers import TRAINERS, Prepared, Setting, plain
 from ganomaly_plugin.speed.work import copying, count_work, matmul, peak_memory
 from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.scoring import SCORE_CHUNK
 
 PATIENCE = 30.0  # seconds of scoring after which a detector is not timed again
-CHUNK = 64  # images whose scoring memory is measured
+FITTED = 64  # images that a detector is fitted on before its scoring is timed
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,11 @@ def time_scoring(selections: Sequence[Selection], images: np.ndarray, device: to
 
 
 def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> _Candidate:
-    detector = make_detector(selection.name, **selection.options).fit(images[:CHUNK], epochs=1, device=str(device))
+    detector = make_detector(selection.name, **selection.options).fit(images[:FITTED], epochs=1, device=str(device))
     networks = list(getattr(detector, "networks_", {}).values()) or [getattr(detector, "model_", torch.nn.Module())]
     weights = sum(t.nbytes for net in networks for t in [*net.parameters(), *net.buffers()])
     work = count_work(lambda: detector.score(images[:1]))
+    at_once = len(images) if device.type == "cuda" else SCORE_CHUNK  # on a CPU more of them take no more, and long to watch
     fields = {
         "what": "scoring",
         "detector": show(selection.name, selection.options),
@@ -223,7 +225,7 @@ def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> 
         "models": 1,
         "images": len(images),
         "parameters": _size(networks),
-        "peak_memory": weights + peak_memory(lambda: detector.score(images[:CHUNK]), device),
+        "peak_memory": weights + peak_memory(lambda: detector.score(images[:at_once]), device),
         "flops": work.flops or None,
     }
     return _Candidate(fields, lambda: detector.score(images), latency=lambda: detector.score(images[:1]))
