@@ -93,7 +93,8 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
                 yield outcome
         except Exception as error:  # whose fault it is shows when each runs alone
             print(f"{len(left)} jobs do not train together, and run one by one: {one_line(error)}", file=sys.stderr)
-            make_room(error)
+            with contextlib.suppress(RuntimeError):  # from a device that refuses everything, as the jobs will then say
+                make_room(error)
     for job in left:
         yield run_job(job, settings)
 

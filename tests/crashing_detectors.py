@@ -87,6 +87,15 @@ class BreaksDevice(Sound):
         _broken()
 
 
+class BreaksDeviceAfterScoring(Sound):
+    """Does so where samples for the report are made, which is no part of the result."""
+
+    has_anomaly_map = True
+
+    def _anomaly_map(self, images):
+        BreaksDevice._fit(self, images)
+
+
 class NeedsDevice(Sound):
     """Fails where the device is broken."""
 

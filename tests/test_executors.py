@@ -20,6 +20,7 @@ from sweeps import alone, jobs, start, store_in, wait_for
 from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Outcome
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.executors import local
 from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
@@ -187,6 +188,23 @@ def test_a_broken_device_costs_the_job_that_broke_it(folder: Path) -> None:
     for chunks in ([(breaks,), (needs,)], [(needs, breaks)], [(breaks, needs)]):
         found = outcomes_of(executor, chunks)
         assert found[needs.key].record.status == "done" and "illegal memory access" in found[breaks.key].record.error
+
+
+@pytest.mark.slow
+def test_a_device_that_breaks_after_a_result_costs_no_job(folder: Path) -> None:
+    breaks, needs = jobs("crashing_detectors:BreaksDeviceAfterScoring", "crashing_detectors:NeedsDevice")
+    executor = make_executor(Where(workers=1), LOST, store_in(folder))
+    for chunks in ([(breaks,), (needs,)], [(breaks, needs)]):
+        found = outcomes_of(executor, chunks)
+        assert found[needs.key].record.status == found[breaks.key].record.status == "done"
+        assert "illegal memory access" in found[breaks.key].record.notes["samples"]
+
+
+def test_it_is_the_job_s_own_gpu_that_is_asked_whether_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", asked.append)
+    assert not any(map(local._device_is_broken, ("cuda:1", "cuda", "cpu"))) and asked == ["cuda:1", "cuda", None]
 
 
 @pytest.mark.slow

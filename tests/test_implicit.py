@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -18,12 +19,14 @@ from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.training import implicit, normalise
 from ganomaly_plugin.training import trial as the_trial
 from ganomaly_plugin.training.convolutions import in_order, layers_of_all
+from ganomaly_plugin.training.halves import _known as known_of
 from ganomaly_plugin.training.halves import halved
 from ganomaly_plugin.training.joined import joined
 from ganomaly_plugin.training.memory import bytes_of_model
 from ganomaly_plugin.training.normalise import normalise_all
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 from ganomaly_plugin.training.precision import precision
+from ganomaly_plugin.training.room import make_room
 from ganomaly_plugin.training.stack import default_how, make_stack
 
 pytest.importorskip("triton")
@@ -182,6 +185,34 @@ def test_what_is_made_is_not_measured_again():
     with Operations() as operations:
         assert torch.equal(halved(y).largest, y.abs().amax((0, 1, 2, 4)).view(torch.int32))
     assert operations.ours()["measure"] == 1
+
+
+@pytest.mark.parametrize("slope", [0.2, 3.0])
+def test_halves_of_a_gradient_hold_what_a_steep_activation_makes_of_it(slope):
+    maps = torch.randn(2, 8, 8, 2, 16, generator=torch.Generator().manual_seed(0))
+    kernels = random(16, 4, 4, 16, seed=1)[:2]
+    with precision("tf32"):
+        gradient = implicit.conv2d(maps, kernels, implicit.Geometry((8, 8), (4, 4), (2, 2), (1, 1)), 0.2)
+        assert known_of(gradient)[0] is not None
+        below = torch.full_like(gradient, -1.0)  # every number is where the slope counts
+        halves, largest = halved(gradient, activated=below, slope=slope)
+    by = 2.0 ** (15 - torch.frexp(largest.view(torch.float32)).exponent)
+    wanted = slope * gradient.double()
+    assert halves.isfinite().all() and (halves.double() / by[:, None] - wanted).abs().max() <= 2**-11 * wanted.abs().max()
+
+
+def test_what_was_noted_of_maps_goes_with_them():
+    with precision("tf32"):
+        made = implicit.conv2d(
+            torch.ones(1, 4, 4, 1, 16), torch.ones(1, 16, 4, 4, 16), implicit.Geometry((4, 4), (4, 4), (2, 2), (1, 1)), 0.2
+        )
+    assert known_of(made)[0] is not None
+    notes = weakref.ref(known_of(made)[0])
+    make_room()
+    assert notes() is not None and known_of(made)[0] is notes()
+    del made
+    make_room()
+    assert notes() is None
 
 
 def test_halves_keep_the_bits_of_tf32():

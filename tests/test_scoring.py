@@ -11,6 +11,7 @@ from conftest import blobs
 
 from ganomaly_plugin import make_detector
 from ganomaly_plugin.training import scoring
+from ganomaly_plugin.training.room import out_of_memory
 
 TINY: dict[str, dict[str, Any]] = {
     "ganomaly": {"features": 4, "latent_dim": 8},
@@ -59,6 +60,23 @@ def test_what_does_not_fit_into_memory_is_scored_in_smaller_chunks(
     with pytest.raises(torch.OutOfMemoryError):
         detector.score(images)
     assert sizes[-1] == fewest
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_how_a_device_says_that_its_memory_does_not_do(error: Exception, is_one: bool) -> None:
+    assert out_of_memory(error) is is_one
 
 
 @pytest.mark.parametrize(

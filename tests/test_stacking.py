@@ -153,6 +153,18 @@ def test_failures_of_a_stack_come_after_what_it_trained(tmp_path: Path, monkeypa
     assert outcomes[-1].record.job == todo[0]
 
 
+def test_a_device_that_refuses_everything_fails_jobs_and_not_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("ganomaly_plugin.runner.fit_together", "torch.cuda.empty_cache", "ganomaly_plugin.training.detector.train"):
+        monkeypatch.setattr(name, refuse)
+    todo = jobs("ae[features=2,latent_dim=2]", classes="0,1")
+    outcomes = list(run_chunk(tuple(todo), Settings(device="cpu")))
+    assert [outcome.record.job for outcome in outcomes] == todo
+    assert all("illegal memory access" in str(outcome.record.error) for outcome in outcomes)
+
+
 def test_memory_of_a_model_grows_with_what_it_holds() -> None:
     small, wide = AutoencoderRecipe(features=4, batch_size=8), AutoencoderRecipe(features=8, batch_size=8)
     deep = AutoencoderRecipe(features=4, batch_size=16)

@@ -244,10 +244,14 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
         while True:
             chunk = pipe.recv()
             for outcome in run(chunk):
-                broken = outcome.record.status == "failed" and _device_is_broken()
+                record = outcome.record
+                doubtful = record.status == "failed" or "samples" in record.notes
+                broken = doubtful and _device_is_broken(str(record.environment["device"]))
                 if broken:
                     pipe.send(_BROKEN)
-                if len(chunk) == 1 or not broken:  # of several, whose fault it was shows when each runs alone
+                if (
+                    record.status == "done" or len(chunk) == 1 or not broken
+                ):  # else whose fault it was shows when each runs alone
                     pipe.send(outcome)
                 if broken:
                     os._exit(1)
@@ -255,13 +259,16 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
         return
 
 
-def _device_is_broken() -> bool:
-    """Whether CUDA refuses everything in this process from now on, as it does after an illegal access or a failed assertion."""
+def _device_is_broken(device: str) -> bool:
+    """Whether CUDA refuses everything in this process from now on, as it does after an illegal access or a failed assertion.
+
+    `device` is that of the job; of one on the CPU the GPU is asked that its detector may have used all the same.
+    """
     import torch
 
     try:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device if device.startswith("cuda") else None)
     except RuntimeError:
         return True
     return False

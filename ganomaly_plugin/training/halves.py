@@ -95,7 +95,7 @@ def halved(x: Tensor, *, is_kernels: bool = False, activated: Tensor | None = No
     largest, halves = _known(x)
     if halves is not None and activated is None:
         return Halved(halves, largest)
-    if largest is None:
+    if largest is None or (activated is not None and slope > 1):  # then more is meant than was noted
         largest = measure(x, is_kernels, activated, slope)
     return Halved(halve(x, largest, is_kernels, activated, slope), largest)
 
@@ -134,11 +134,16 @@ _notes: dict[int, tuple[StorageWeakRef, int, Tensor, Tensor | None]] = {}
 def remember(x: Tensor, largest: Tensor, halves: Tensor | None = None) -> Tensor:
     """`x`, which fills its storage; its `largest` magnitudes, if noted, and `halves`, if written, are known from now on."""
     if len(largest):
-        for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
-            del _notes[key]
+        forget_expired()
         storage = StorageWeakRef(x.untyped_storage())
         _notes[storage.cdata] = storage, x._version, largest, halves
     return x
+
+
+def forget_expired() -> None:
+    """Let go of what was noted of maps that are no more."""
+    for key in [key for key, (storage, *_) in _notes.items() if storage.expired()]:
+        del _notes[key]
 
 
 def _known(x: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -7,7 +7,11 @@ import traceback
 
 import torch
 
-_OUTSIDE = ("out of memory", "ALLOC_FAILED")  # as CUDA and its libraries put it, where it is not torch that allocates
+from ganomaly_plugin.training.halves import forget_expired
+
+# As CUDA and its libraries put it, where it is not torch that allocates; the last is what torch makes of a convolution none of
+# whose ways finds the memory to work in.
+_OUTSIDE = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -23,4 +27,5 @@ def make_room(*errors: BaseException | None) -> None:
         if error is not None:
             traceback.clear_frames(error.__traceback__)
     gc.collect()
+    forget_expired()
     torch.cuda.empty_cache()  # which does nothing where there is no GPU

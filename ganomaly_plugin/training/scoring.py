@@ -41,13 +41,18 @@ def in_chunks(
         at_once = _at_once(recipe, images, device)
         while True:
             try:
-                pieces = [of(x) for x in _chunks(recipe, images, device, at_once)]
-                return torch.cat([y.cpu() if y.ndim > 2 else y for y in pieces]).cpu()
+                pieces = [_light(of(x)) for x in _chunks(recipe, images, device, at_once)]
+                return torch.cat(pieces).cpu()
             except Exception as error:
                 if not out_of_memory(error) or at_once <= _own(recipe):
                     raise
             at_once //= 2
             make_room()
+
+
+def _light(y: Tensor) -> Tensor:
+    """`y` where it may stay until all images are through: maps and images would fill a device, of scores none is waited for."""
+    return y.cpu() if y.ndim > 2 else y
 
 
 def _usual(recipe: Recipe) -> int:
