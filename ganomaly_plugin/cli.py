@@ -192,12 +192,12 @@ def _add_speed(parser: Any) -> None:
     parser.add_argument("--models", type=listed, default=["ganomaly"], help="detectors: ganomaly,ae,vae[latent_dim=2]")
     parser.add_argument("--trainers", type=names, default=["plain"], help="trainers, side by side")
     parser.add_argument(
-        "--peers", type=names, default=["authors"], help="authors, anomalib or none: GANomaly as others have it"
+        "--peers", type=names, help="authors, anomalib or none: GANomaly as others have it (default: authors, beside ganomaly)"
     )
     parser.add_argument("--measure", type=names, default=["training", "scoring"], help="what to time: training, scoring")
     parser.add_argument("--jobs", type=int, default=1, help="models at once, for trainers that train several")
     parser.add_argument("--image_size", "--image-size", type=int, default=32, help="side in pixels")
-    parser.add_argument("--channels", type=int, default=1, help="1 or 3")
+    parser.add_argument("--channels", type=int, help="of random pixels: 1 or 3 (default: 1)")
     parser.add_argument("--features", type=int, default=64, help="width of the networks")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images in a step, of each model")
     parser.add_argument("--precision", type=str, help="float32, tf32 or bf16, of training (default: float32)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import types
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
+from ganomaly_plugin.detectors.classical import Pca
 from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.selection import Selection
-from ganomaly_plugin.speed import command, timing, trainers, work
+from ganomaly_plugin.speed import command, measure, timing, trainers, work
 from ganomaly_plugin.speed.measure import time_scoring
 from ganomaly_plugin.speed.peers import AnomalibEngine
 from ganomaly_plugin.speed.timing import time_in_turns
@@ -53,6 +55,31 @@ def test_trainers_beside_the_peers(bench, tmp_path: Path) -> None:
 def test_a_ratio_keeps_two_figures(faster: float, said: str) -> None:
     row, other = (types.SimpleNamespace(images_per_second=7 * each) for each in (faster, 1))
     assert command._ratio(row, other) == said
+
+
+class Sleepy(Pca):
+    """Takes its time to score."""
+
+    def score(self, images: np.ndarray) -> np.ndarray:
+        time.sleep(0.02 if len(images) > 1 else 0)
+        return super().score(images)
+
+
+def test_figures_are_those_that_are_printed(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small they are; and a row of fewer turns than were asked for says so."""
+    monkeypatch.setattr(measure, "PATIENCE", 0.03)
+    words = ["--models", f"{__name__}:Sleepy,mean_intensity,ae", "--image-size", 16, "--features", 2, "--batch-size", 4]
+    code, out, _ = bench("speed", *words, "--images", 70, "--repeats", 5, "--out", tmp_path / "speed.csv")
+    assert code == 0 and ":Sleepy: a median of 2 turns only, since they take so long\n" in out and out.count("turns only") == 1
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    assert list(rows["what"]) == ["training"] + 3 * ["scoring"] and list(rows["turns"]) == [5, 2, 5, 5]
+    scoring = rows[rows["what"] == "scoring"]
+    ratio = scoring["images_per_second"].iloc[0] / scoring["images_per_second"]
+    np.testing.assert_allclose(scoring["time_ratio_to_first"], ratio, rtol=1e-5)
+    np.testing.assert_allclose(rows["median_ms"], 1e3 * rows["images_per_call"] / rows["images_per_second"], rtol=1e-5)
+    for row in (rows.iloc[0], rows.iloc[3]):
+        assert row["gflop_per_second"] == pytest.approx(row["mflop_per_image"] * row["images_per_second"] / 1e3, rel=1e-5)
+        assert row["share_of_ceiling"] == pytest.approx(row["gflop_per_second"] / row["ceiling_gflop_per_second"], rel=1e-5)
 
 
 def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
@@ -246,7 +273,9 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         (["--trainers", "plane"], "Did you mean 'plain'"),
         (["--peers", "anomaly"], "Did you mean 'anomalib'"),
         (["--peers", "none,authors"], "none stands alone"),
-        (["--models", "ae"], "no GANomaly is timed"),
+        (["--models", "ae", "--peers", "authors"], "no GANomaly is timed"),
+        (["--models", "pca,knn", "--measure", "training"], "None of --models has training steps"),
+        (["--dataset", "digits", "--channels", 1], "images of a --dataset have their own"),
         (["--measure", "train"], "Did you mean 'training'"),
         (["--precision", "fp16"], "precision must be"),
         (["--jobs", 0], "jobs must be at least 1"),

@@ -13,6 +13,7 @@ import torch
 
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.files import atomic_write, check_writable
 from ganomaly_plugin.hparams import default_hparams
@@ -38,6 +39,8 @@ def run_speed(options: Any) -> int:
     _check(options)
     device = resolve_device(options.device)
     selections = [_completed(parse_selection(item, "model"), options) for item in options.models]
+    if options.measure == ["training"] and all(recipe_of(selection) is None for selection in selections):
+        raise InvalidInput("None of --models has training steps to be timed. Add one, or give --measure scoring.")
     images = _images(options)
     setting = Setting(torch.from_numpy(images), device, options.jobs)
     hardware = (
@@ -51,17 +54,19 @@ def run_speed(options: Any) -> int:
         for selection in selections:
             if recipe_of(selection) is None:
                 print(f"{selection.name} has no training steps: only its scoring is timed")
-        peers = [] if options.peers == ["none"] else options.peers
+        known = any(isinstance(recipe_of(selection), GanomalyRecipe) for selection in selections)
+        usual = ["authors"] if known else []
+        peers = usual if options.peers is None else [peer for peer in options.peers if peer != "none"]
         # The nearest that they know.
         peer_precision: Precision = "float32" if options.precision in (None, "float32") else "tf32"
         training = time_training(
             selections, options.trainers, peers, setting, repeats=options.repeats, peer_precision=peer_precision
         )
-        print("\n".join(["", "training", *_table(training)]), flush=True)
+        print("\n".join(["", "training", *_table(training, options.repeats)]), flush=True)
         rows += training
     if "scoring" in options.measure:
         scoring = time_scoring(selections, images[: options.images], device, repeats=options.repeats)
-        print("\n".join(["", f"scoring {len(images[: options.images])} images", *_table(scoring)]))
+        print("\n".join(["", f"scoring {len(images[: options.images])} images", *_table(scoring, options.repeats)]))
         rows += scoring
     if options.out and rows:
         common = {"shape": shape, "pixels": options.dataset or "random", "hardware": hardware, "device": device.type}
@@ -78,15 +83,17 @@ def _check(options: Any) -> None:
             raise InvalidInput(f"{name} must be at least {smallest}{why}, got {value}.")
     for kind, given, known in (
         ("trainer", options.trainers, TRAINERS),
-        ("peer", options.peers, (*PEERS, "none")),
+        ("peer", options.peers or (), (*PEERS, "none")),
         ("measure", options.measure, MEASURES),
     ):
         for name in given:
             check_known(kind, name, known)
-    if options.peers != ["none"] and "none" in options.peers:
+    if options.peers not in (None, ["none"]) and "none" in options.peers:
         raise InvalidInput("--peers none stands alone.")
-    if options.channels not in (1, 3):
+    if options.channels not in (None, 1, 3):
         raise InvalidInput(f"channels must be 1 or 3, got {options.channels}.")
+    if options.dataset and options.channels:
+        raise InvalidInput("--channels is of random pixels; images of a --dataset have their own. Leave one of them out.")
     if options.out:
         check_writable(Path(options.out))
 
@@ -105,7 +112,7 @@ def _images(options: Any) -> np.ndarray:
     if options.dataset:
         dataset = load_dataset(options.dataset, root=options.data_root, image_size=options.image_size)
         return np.ascontiguousarray(dataset.images[:count])
-    shape = (count, options.channels, options.image_size, options.image_size)
+    shape = (count, options.channels or 1, options.image_size, options.image_size)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -113,38 +120,40 @@ def figures(row: Row, first: Row) -> dict[str, str]:
     """The row's figures as they are written to the CSV; ratios are of times per image, to the first row of the detector."""
     timing, latency = row.timing, row.latency
 
-    def ms(seconds: float) -> str:
-        return f"{seconds * 1e3:.4f}"
-
     return {
         "what": row.what,
         "detector": row.detector,
         "trainer": row.trainer,
         "precision": row.precision,
         "models": str(row.models),
-        "images_per_second": f"{row.images_per_second:.3f}",
-        "time_ratio_to_first": f"{first.images_per_second / row.images_per_second:.4f}",
-        "median_ms": ms(timing.median),
-        "fastest_ms": ms(timing.fastest),
-        "slowest_ms": ms(timing.slowest),
+        "images_per_second": _number(row.images_per_second),
+        "time_ratio_to_first": _number(first.images_per_second / row.images_per_second),
+        "median_ms": _number(timing.median, 1e-3),
+        "fastest_ms": _number(timing.fastest, 1e-3),
+        "slowest_ms": _number(timing.slowest, 1e-3),
         "images_per_call": str(row.images),
         "turns": str(timing.repeats),
         "calls_per_turn": str(timing.burst),
-        "latency_ms": ms(latency.median) if latency else "",
-        "peak_memory_mib": f"{row.peak_memory / _MEBI:.1f}",
+        "latency_ms": _number(latency.median, 1e-3) if latency else "",
+        "peak_memory_mib": _number(row.peak_memory, _MEBI),
         "parameters": str(row.parameters),
-        "mflop_per_image": _number(row.flops, 3, 1e6),
-        "gflop_per_second": f"{row.flops * row.images_per_second / 1e9:.2f}" if row.flops is not None else "",
-        "ceiling_gflop_per_second": _number(row.ceiling, 2, 1e9),
-        "share_of_ceiling": _number(row.share, 4),
-        "mb_moved_per_image": _number(row.moved, 3, 1e6),
-        "copy_gb_per_second": _number(row.bandwidth, 2, 1e9),
-        "share_of_bandwidth": _number(row.share_of_bandwidth, 4),
+        "mflop_per_image": _number(row.flops, 1e6),
+        "gflop_per_second": "" if row.flops is None else _number(row.flops * row.images_per_second, 1e9),
+        "ceiling_gflop_per_second": _number(row.ceiling, 1e9),
+        "share_of_ceiling": _number(row.share),
+        "mb_moved_per_image": _number(row.moved, 1e6),
+        "copy_gb_per_second": _number(row.bandwidth, 1e9),
+        "share_of_bandwidth": _number(row.share_of_bandwidth),
     }
 
 
-def _number(value: float | None, digits: int, unit: float = 1) -> str:
-    return "" if value is None else f"{value / unit:.{digits}f}"
+def _number(value: float | None, unit: float = 1) -> str:
+    """Six digits of `value`, however small it is, so that ratios of what is written are those that are written."""
+    return "" if value is None else f"{value / unit:.6g}"
+
+
+def _tenths(value: float | None, unit: float) -> str:
+    return "" if value is None else f"{value / unit:.1f}"
 
 
 def _firsts(rows: Sequence[Row]) -> list[Row]:
@@ -152,10 +161,9 @@ def _firsts(rows: Sequence[Row]) -> list[Row]:
     return [next(r for r in rows if r.what == "scoring" or r.detector == row.detector) for row in rows]
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row], repeats: int) -> list[str]:
     lines = [list(_HEAD)]
     for row, first in zip(rows, _firsts(rows), strict=True):
-        its = figures(row, first)
         span = f"{row.timing.fastest * 1e3:.2f}–{row.timing.slowest * 1e3:.2f}"
         share, of_bandwidth = ("" if each is None else f"{each:.1%}" for each in (row.share, row.share_of_bandwidth))
         latency = f"{row.latency.median * 1e3:.2f}" if row.latency else ""
@@ -167,11 +175,11 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 span,
                 f"×{_ratio(row, first)}",
                 latency,
-                its["peak_memory_mib"],
+                _tenths(row.peak_memory, _MEBI),
                 f"{row.parameters:,}",
-                _number(row.flops, 1, 1e6),
+                _tenths(row.flops, 1e6),
                 share,
-                _number(row.moved, 1, 1e6),
+                _tenths(row.moved, 1e6),
                 of_bandwidth,
             ]
         )
@@ -179,7 +187,12 @@ def _table(rows: Sequence[Row]) -> list[str]:
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     ceilings = {f"{row.ceiling / 1e9:.0f} GFLOP/s in {row.precision}" for row in rows if row.ceiling}
     ceilings |= {f"{row.bandwidth / 1e9:.0f} GB/s in copying" for row in rows if row.bandwidth}
-    return [*text, *(f"ceiling: {line}" for line in sorted(ceilings)), *_ratios(rows)]
+    fewer = [
+        f"{_name(row)}: a median of {row.timing.repeats} turns only, since they take so long"
+        for row in rows
+        if row.timing.repeats < repeats
+    ]
+    return [*text, *fewer, *(f"ceiling: {line}" for line in sorted(ceilings)), *_ratios(rows)]
 
 
 def _ratio(row: Row, other: Row) -> str:
