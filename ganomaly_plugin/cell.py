@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,22 @@ def seed_everything(job: Job) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - other packages' detectors read the global state
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _own_draws(job: Job, device: str) -> Iterator[None]:
+    """Within it the global generators are those of the job alone, whatever drew from them before; afterwards as they were.
+
+    So scores that draw numbers are the same whether a model was trained by itself or in a stack.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - as above
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        seed_everything(job)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
 
 
 class Cell:
@@ -76,6 +94,10 @@ class Cell:
 
     def outcome(self, fit_seconds: float) -> Outcome:
         """Score with the fitted detector and make the record."""
+        with _own_draws(self.job, self.device):
+            return self._outcome(fit_seconds)
+
+    def _outcome(self, fit_seconds: float) -> Outcome:
         job, split, detector = self.job, self.split, self.detector
         began = time.perf_counter()
         score = self.score(split.test)
@@ -158,6 +180,7 @@ class Oracle:
             self.aurocs, self.seconds = [], 0.0
         began = time.perf_counter()
         images = self.cell.dataset.images[self.cell.split.test]
-        score = check_scores(detector.score(images), len(images), self.cell.name)
+        with _own_draws(self.cell.job, self.cell.device):
+            score = check_scores(detector.score(images), len(images), self.cell.name)
         self.aurocs.append(auroc(self.cell.split.is_anomaly, score))
         self.seconds += time.perf_counter() - began

@@ -19,7 +19,7 @@ from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.provenance import environment
-from ganomaly_plugin.stacking import why_not_compiled
+from ganomaly_plugin.stacking import why_alone, why_not_compiled
 from ganomaly_plugin.status import JobStatus
 from ganomaly_plugin.store import Store
 from ganomaly_plugin.training.captured import record_on
@@ -83,16 +83,19 @@ def _utf8(text: str) -> str:
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
     """Run the jobs of a chunk; exactly one outcome each. Several are a stack: their models are trained together.
 
-    When that fails as a whole, as it does on a device whose memory is too small, the jobs left are run one by one.
+    When that fails as a whole the jobs left are run one by one. Where a way of stacking is named, a job alone is a stack too:
+    its numbers do not depend on what else there is to do.
     """
     left = list(chunk)
-    if len(chunk) > 1:
+    if len(chunk) > 1 or (settings.how is not None and why_alone(chunk[0]) is None):
         try:
             for outcome in _run_stack(chunk, settings):
                 left.remove(outcome.record.job)
                 yield outcome
         except Exception as error:  # whose fault it is shows when each runs alone
-            print(f"{len(left)} jobs do not train together, and run one by one: {one_line(error)}", file=sys.stderr)
+            several = f"{len(left)} jobs do not train together, and run one by one"
+            what = several if len(left) > 1 else "1 job does not train in a stack, and runs by itself"
+            print(f"{what}: {one_line(error)}", file=sys.stderr)
             with contextlib.suppress(RuntimeError):  # from a device that refuses everything, as the jobs will then say
                 make_room(error)
     for job in left:

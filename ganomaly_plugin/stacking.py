@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -91,9 +92,15 @@ class Stacking:
             yield from (tuple(group[k::count]) for k in range(count))
 
     def remarks(self, jobs: Iterable[Job]) -> list[str]:
-        """One line for each detector that stacking or compiling was asked for, but that gets the plain trainer."""
+        """One line for each detector that stacking or compiling was asked for, but that gets the plain trainer; and why."""
+        jobs = list(jobs)
         why = {"stacked": why_alone, "compiled": why_not_compiled}.get(self.trainer.partition("-")[0])
         if why is None:
             return []
         reasons = {job.label or job.detector: why(job) for job in jobs}
-        return [f"{name} is trained by the plain trainer: {reason}" for name, reason in reasons.items() if reason is not None]
+        said = [f"{name} is trained by the plain trainer: {reason}" for name, reason in reasons.items() if reason is not None]
+        if self.trainer == "stacked":  # a way that is named is taken for a job alone, too
+            alone = Counter(job.label or job.detector for job, *others in self.chunks(jobs) if not others and not why(job))
+            none = "no other of the same data and settings is to be trained with it"
+            said += [f"{name}: the plain trainer for {count} of its jobs, since {none}" for name, count in alone.items()]
+        return said

@@ -319,7 +319,25 @@ def test_a_loss_that_is_not_finite_is_told_from_the_others():
         assert float(together["generator"][1]) == pytest.approx(float(by_itself["generator"]), rel=1e-5)
 
 
-def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
+def test_so_is_a_stack_that_does_not_fit_before_its_first_step(monkeypatch, capsys):
+    """Where an epoch is chosen each member has networks on the device before."""
+    data, begin, there = digits(), together.Fitting.__init__, []
+
+    def narrow(self, *args, **options):
+        if len([fitting for fitting in there if fitting() is not None]) >= 2:
+            raise torch.OutOfMemoryError("no room for this many")
+        begin(self, *args, **options)
+        there.append(weakref.ref(self))
+
+    monkeypatch.setattr(together.Fitting, "__init__", narrow)
+    members = [Member(make_detector("ae", **SMALL), torch.arange(40), seed=k) for k in range(5)]
+    fit_together(members, data, epochs=1, steps=None, device=CPU, how="grouped")
+    assert all(member.error is None for member in members)
+    assert sorted(member.detector.describe()["stacked_models"] for member in members) == [1, 2, 2, 2, 2]
+    assert capsys.readouterr().err.count("going on in halves") == 2
+
+
+def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch, capsys):
     data, sizes, failed = digits(), [], []
     step = StackedTrainer.step
 
@@ -333,9 +351,9 @@ def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch):
 
     monkeypatch.setattr(StackedTrainer, "step", narrow)
     members = [Member(make_detector("ae", **SMALL), torch.arange(40), seed=k) for k in range(5)]
-    with pytest.warns(UserWarning, match="models do not fit"):
-        fit_together(members, data, epochs=1, steps=None, device=CPU, how="grouped")
+    fit_together(members, data, epochs=1, steps=None, device=CPU, how="grouped")
     assert all(member.error is None for member in members) and max(sizes) == 2
+    assert "5 models do not fit into the memory of cpu; going on in halves\n" in capsys.readouterr().err
     reference = alone("ae", data, torch.arange(40), 4, 1)
     np.testing.assert_allclose(members[4].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-5)
 

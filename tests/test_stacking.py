@@ -58,9 +58,15 @@ def test_every_job_is_in_one_chunk_and_stacks_differ_in_class_and_seed_only() ->
 
 def test_what_cannot_be_stacked_is_told() -> None:
     assert why_alone(job("pca")) == "it is not made of a recipe" and why_alone(job("ae")) is None
-    assert Stacking("stacked").remarks([job("ae"), job("f_anogan")]) == [
+    assert Stacking("stacked").remarks([job("ae"), job("ae", seed=1), job("f_anogan")]) == [
         "f_anogan is trained by the plain trainer: it trains in 2 stages"
     ]
+    four = [job("ae"), job("ae", seed=1), job("ae", epochs=2), job("vae")]
+    none = "since no other of the same data and settings is to be trained with it"
+    assert Stacking("stacked").remarks(four) == [
+        f"{name}: the plain trainer for 1 of its jobs, {none}" for name in ("ae", "vae")
+    ]
+    assert not Stacking("stacked-matmul").remarks(four) and not Stacking("auto", on_gpu=True).remarks(four)
     assert Stacking("stacked-matmul").stacks and Stacking("stacked-matmul").how == "matmul" and Stacking("stacked").how is None
     with pytest.raises(InvalidInput, match="Did you mean 'stacked'"):
         Stacking("staked")
@@ -138,6 +144,37 @@ def test_what_turns_out_not_to_stack_runs_one_by_one(bench, tmp_path: Path, name
     assert code == 0 and "4 jobs do not train together, and run one by one" in said and why in said
     assert bench("run", *words, "--trainer", "plain", "--out", tmp_path / "plain")[0] == 0
     assert bench("diff", tmp_path / "stacked", tmp_path / "plain")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["Drawing", "Silent"])
+def test_a_stack_scores_and_logs_as_the_plain_trainer(bench, tmp_path: Path, name: str) -> None:
+    words = ["--models", f"unusual_recipes:{name}{TINY}", *SWEEP, "--protocols", "one-anomalous/paper-v1"]
+    for trainer in ("stacked", "plain"):
+        code, _, said = bench("run", *words, "--trainer", trainer, "--out", tmp_path / trainer)
+        assert code == 0 and "one by one" not in said
+    assert bench("diff", tmp_path / "stacked", tmp_path / "plain")[0] == 0
+    stacked, plain = (Store(tmp_path / trainer).records() for trainer in ("stacked", "plain"))
+    assert [r.metrics for r in stacked] == [r.metrics for r in plain]
+    assert {r.notes["describe"]["trainer"] for r in stacked} == {"stacked"}
+
+
+def test_a_model_that_is_too_large_for_a_stack_is_trained_as_by_the_plain_trainer(bench, tmp_path: Path) -> None:
+    words = ["--models", f"unusual_recipes:Large{TINY}", *SWEEP, "--trainer", "stacked-matmul"]
+    code, _, said = bench("run", *words, "--out", tmp_path / "out")
+    assert code == 0 and said.count("models do not fit into the memory of cpu; going on in halves") == 3
+    assert said.count("a stack of one does not fit into the memory of cpu; going on as the plain trainer") == 4
+    assert {r.notes["describe"]["stacked_by"] for r in Store(tmp_path / "out").records()} == {"turns"}
+
+
+def test_a_way_that_is_named_is_that_of_a_job_alone_too(bench, tmp_path: Path) -> None:
+    words = ["--models", f"ae{TINY},pca", *SWEEP[:4], "--classes", 0, "--seeds", 0, "--epochs", 1, "--executor", "inline"]
+    code, _, said = bench("run", *words, "--trainer", "stacked-matmul", "--out", tmp_path / "out")
+    described = {r.job.detector: r.notes["describe"] for r in Store(tmp_path / "out").records()}
+    assert code == 0 and described["ae"]["stacked_by"] == "matmul" and described["ae"]["stacked_models"] == 1
+    assert "stacked_by" not in described["pca"]
+    words[1] = f"unusual_recipes:Dropped{TINY}"
+    code, _, said = bench("run", *words, "--trainer", "stacked-matmul", "--out", tmp_path / "out")
+    assert code == 0 and "1 job does not train in a stack, and runs by itself" in said
 
 
 def test_failures_of_a_stack_come_after_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,32 @@ class Projected(AutoencoderRecipe):
 
 
 @dataclass(frozen=True)
+class Drawing(AutoencoderRecipe):
+    """Draws from torch's own generator in scoring."""
+
+    def score(self, networks, images):
+        return super().score(networks, images) * (1 + torch.rand(len(images), device=images.device))
+
+
+@dataclass(frozen=True)
+class Silent(AutoencoderRecipe):
+    """Has no losses to show."""
+
+    def _phase(self, networks, step):
+        return super()._phase(networks, step)[0], {}
+
+
+@dataclass(frozen=True)
+class Large(AutoencoderRecipe):
+    """Has no room where models are mapped."""
+
+    def _phase(self, networks, step):
+        if torch._C._functorch.is_batchedtensor(step.images):
+            raise torch.OutOfMemoryError("no room for patches")
+        return super()._phase(networks, step)
+
+
+@dataclass(frozen=True)
 class Dropped(AutoencoderRecipe):
     """Draws from torch's own generator in training."""
 

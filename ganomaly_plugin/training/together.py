@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,33 +56,53 @@ def fit_together(
 ) -> None:
     """Fit every member on its share of checked images `(n, c, h, w)`; one that fails leaves the others as they would be.
 
-    A stack that does not fit into the device's memory is split in halves, which begin anew. `how` and `record` are those of
-    `make_stack`; without `how`, `way_for` chooses.
+    A stack that does not fit into the device's memory is split in halves, which begin anew, and a single model that does not
+    is advanced as the plain trainer does it. `how` and `record` are those of `make_stack`; without `how`, `way_for` chooses.
     """
-    by_batch: dict[int, list[_Course]] = {}
-    for member in members:
-        try:
-            course = _Course(member, data, epochs=epochs, steps=steps, device=device)
-        except Exception as error:  # too few images for what it holds out, say
-            member.error = error
-            continue
-        by_batch.setdefault(course.batch_size, []).append(course)
+
+    def fit_less(again: Sequence[Member], how: How | None, problem: Exception) -> None:
+        fit = partial(fit_together, data=data, epochs=epochs, steps=steps, device=device, record=record)
+        half = len(again) // 2
+        if half:
+            print(f"{len(again)} models do not fit into the memory of {device}; going on in halves", file=sys.stderr)
+            fit(again[:half], how=how)
+            fit(again[half:], how=how)
+        elif how != "turns":
+            print(f"a stack of one does not fit into the memory of {device}; going on as the plain trainer", file=sys.stderr)
+            fit(again, how="turns")
+        else:
+            again[0].error = problem
+
+    by_batch = _prepared(members, data, epochs=epochs, steps=steps, device=device)
+    if isinstance(by_batch, Exception):
+        make_room(by_batch)
+        fit_less(members, how, by_batch)
+        return
     parts: list[tuple[Choice, list[_Course]]] = []
     for all_ in by_batch.values():
         choice = _way_for(all_, data, device, record) if how is None else Choice(how, {})
         parts += [(choice, courses) for courses in _packed(all_, data, device, choice.how)]
     for choice, courses in parts:
         problem = _too_large(courses, data, device, choice, record)
-        if problem is None:
+        if problem is not None:
+            fit_less([course.member for course in courses], choice.how, problem)
+
+
+def _prepared(
+    members: Sequence[Member], data: Tensor, *, epochs: int | None, steps: int | None, device: torch.device
+) -> dict[int, list[_Course]] | Exception:
+    """The members' courses by the size of their batches, or why the memory does not do; a member that cannot begin fails."""
+    by_batch: dict[int, list[_Course]] = {}
+    for member in members:
+        try:
+            course = _Course(member, data, epochs=epochs, steps=steps, device=device)
+        except Exception as error:
+            if out_of_memory(error):
+                return error
+            member.error = error  # too few images for what it holds out, say
             continue
-        again = [course.member for course in courses]
-        if len(again) == 1:
-            again[0].error = problem
-            continue
-        half = len(again) // 2
-        warnings.warn(f"{len(again)} models do not fit into the memory of {device}; going on in halves", stacklevel=2)
-        for part in (again[:half], again[half:]):
-            fit_together(part, data, epochs=epochs, steps=steps, device=device, how=choice.how, record=record)
+        by_batch.setdefault(course.batch_size, []).append(course)
+    return by_batch
 
 
 class _Course:
@@ -183,7 +204,7 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Cho
         index = torch.stack([course.next_batch() for course in courses])
         with nullcontext() if stack.steps else _nothing_drawn(device):
             losses = stack.step(data[index.to(data.device)])
-        rows = torch.stack(list(losses.values()))  # (losses, m)
+        rows = torch.stack(list(losses.values())) if losses else index.new_empty(0, len(courses))  # (losses, m)
         for k, course in enumerate(courses):
             course.losses.append(rows[:, k])
         if all(course.left for course in courses):
