@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ganomaly_plugin.checkpoints import load_authors_checkpoint, save_authors_checkpoint
+    from ganomaly_plugin.datasets.decode import read_images
     from ganomaly_plugin.registry import list_detectors, load_detector, make_detector
     from ganomaly_plugin.report.results import load_results
 
@@ -23,6 +24,7 @@ _LAZY = {
     "load_detector": "ganomaly_plugin.registry",
     "list_detectors": "ganomaly_plugin.registry",
     "load_results": "ganomaly_plugin.report.results",
+    "read_images": "ganomaly_plugin.datasets.decode",
 }
 __all__ = [
     "__version__",
@@ -31,6 +33,7 @@ __all__ = [
     "load_detector",
     "load_results",
     "make_detector",
+    "read_images",
     "save_authors_checkpoint",
 ]
 

@@ -6,14 +6,17 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ganomaly_plugin import __version__
 from ganomaly_plugin.errors import BenchError, CannotStore, InvalidInput, one_line, unknown
 from ganomaly_plugin.escape import printable
-from ganomaly_plugin.selection import split_list
+from ganomaly_plugin.selection import split_list, unquoted
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -22,17 +25,15 @@ _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or fa
 
 
 def listed(value: Any) -> list[Any]:
-    """A list from `a,b[c=1,d=2]` or from a YAML list (also inside strings of one)."""
+    """A list from `a,b[c=1,d=2]`, whose commas separate, or from a YAML list, whose items are each one."""
     if isinstance(value, str):
         return split_list(value)
-    if isinstance(value, (list, tuple)):
-        return [part for item in value for part in (split_list(item) if isinstance(item, str) else [item])]
-    return [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def names(value: Any) -> list[str]:
-    """A list of names; YAML may write digits as numbers."""
-    return [str(item) for item in listed(value)]
+    """A list of names; YAML may write digits as numbers, and one with a comma stands in double quotes on a command line."""
+    return [unquoted(str(item), "name") for item in listed(value)]
 
 
 def raw(value: Any) -> Any:
@@ -283,8 +284,13 @@ def parse(words: Sequence[str]) -> Any:
     """
     from jsonargparse import ArgumentError
 
+    ordered = _configs_first(words)
     try:
-        return build_parser().parse_args(_configs_first(words))
+        for name in _configs_in(ordered):
+            _check_config(Path(name))
+        arguments = build_parser().parse_args(ordered)
+        _check_flags(arguments.command, arguments[arguments.command])
+        return arguments
     except (ArgumentError, BenchError, RecursionError, OSError):
         raise
     except Exception as error:  # the parser lets through what YAML and decoders raise for a file that is no config
@@ -306,6 +312,48 @@ def _configs_first(words: Sequence[str]) -> list[str]:
     return [*others[:1], *configs, *others[1:]]
 
 
+def _configs_in(ordered: Sequence[str]) -> Iterator[str]:
+    """The paths of the configs in words that `_configs_first` has put in order."""
+    for word, following in zip(ordered, [*ordered[1:], ""], strict=False):
+        if word == "--config":
+            yield following
+        elif word.startswith("--config="):
+            yield word.partition("=")[2]
+
+
+def _check_config(path: Path) -> None:
+    """Raise InvalidInput for a config that is no mapping of options; what else is wrong with it the parser says."""
+    if not path.is_file():
+        return
+    try:
+        content = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"The config {path} is no text in UTF-8. Save it as such.") from error
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return
+    if not isinstance(content, dict) or all(value is None for value in content.values()):
+        raise InvalidInput(f"The config {path} sets no option. Give YAML such as models: ganomaly.")
+    command = next((name for name in COMMANDS if isinstance(content.get(name), dict)), None)
+    if command is not None:
+        raise InvalidInput(f"The config {path} has its options below {command}:. Put them at the top level.")
+
+
+def _check_flags(command: str, options: Any) -> None:
+    """Raise InvalidInput for a flag that a config sets to something else than true or false, which the parser lets pass."""
+    for action in _options_of(command).values():
+        if action.nargs == 0 and not isinstance(options[action.dest], bool):
+            raise InvalidInput(f"--{action.dest} must be true or false, got {options[action.dest]!r}.")
+
+
+def _options_of(command: str) -> dict[str, Any]:
+    """The options of a command, by name, as the parser has them."""
+    from jsonargparse import ArgumentParser
+
+    fresh = ArgumentParser(exit_on_error=False)
+    COMMANDS[command][0](fresh)
+    return {action.dest: action for action in fresh._actions if action.dest not in ("help", "print_config")}
+
+
 def _stop(text: str, code: int = EXIT_USAGE) -> int:
     print(f"bench: error: {printable(text)}", file=sys.stderr)
     return code
@@ -313,8 +361,6 @@ def _stop(text: str, code: int = EXIT_USAGE) -> int:
 
 def _readable(error: Exception, words: Sequence[str]) -> str:
     """A parser error as one line, with the nearest option where a name is unknown."""
-    from jsonargparse import ArgumentParser
-
     text = " ".join(str(error).split())
     command = next((word for word in words if word in COMMANDS), None)
     match = re.search(
@@ -322,9 +368,7 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     )
     stray = re.search(r"Unrecognized arguments: ([^-\s]\S*)", text)
     if (match or stray) and command:
-        fresh = ArgumentParser(exit_on_error=False)
-        COMMANDS[command][0](fresh)
-        actions = {action.dest: action for action in fresh._actions if action.dest not in ("help", "print_config")}
+        actions = _options_of(command)
         if match:
             name = next(filter(None, match.groups())).split(".")[-1].replace("-", "_")
             return one_line(unknown(f"option of bench {command}", name, list(actions)))

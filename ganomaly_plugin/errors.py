@@ -61,4 +61,7 @@ def unknown(kind: str, name: object, known: Iterable[str], *, todo: str = "") ->
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     rest = f" {todo}" if todo else ""
+    parts = str(name).split()
+    if len(parts) > 1 and set(parts) <= set(names):
+        hint = f" Put commas between names, and no spaces: {','.join(parts)}."
     return InvalidInput(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.{rest}")

@@ -42,9 +42,11 @@ def atomic_write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk it says what, and not where
+            error.filename = str(path)
         raise
 
 

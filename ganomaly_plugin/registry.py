@@ -147,7 +147,8 @@ def resolve(kind: str, name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
-        raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.") from error
+        todo = " Put its folder on PYTHONPATH: PYTHONPATH=. bench …" if isinstance(error, ModuleNotFoundError) else ""
+        raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.{todo}") from error
     if kind == "detector" and not _looks_like_a_detector(found):
         raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")
     if not callable(found):

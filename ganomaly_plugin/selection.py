@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,13 +125,24 @@ def parse_selection(item: Any, what: str) -> Selection:
     match = _FORM.fullmatch(str(item).strip())
     if match is None:
         raise InvalidInput(f"Cannot read the {what} {item!r}. Write name or name[key=value,key=value].")
-    name = _unquoted(match["name"].strip(), what)
+    name = unquoted(match["name"].strip(), what)
     if name.endswith(":"):
         raise InvalidInput(f"The {what} {name!r} ends in its colon. Write what is meant behind it, as in folder:PATH.")
-    return Selection(name, parse_options(match["options"] or ""))
+    try:
+        return Selection(name, parse_options(match["options"] or ""))
+    except InvalidInput as error:
+        if not name.startswith("folder:"):
+            raise
+        whole = show(str(item).strip(), {})
+        raise InvalidInput(f"{error} A path that has brackets of its own stands in double quotes: {whole}.") from error
 
 
-def _unquoted(name: str, what: str) -> str:
+def unquoted(name: str, what: str) -> str:
+    """`name` without the double quotes that it stands in, if it does.
+
+    Raises:
+        InvalidInput: What is between them is not as YAML has it.
+    """
     if not re.fullmatch(_DOUBLE, name, re.DOTALL):
         return name
     try:
@@ -160,6 +172,11 @@ def show(name: str, options: Mapping[str, Any]) -> str:
             part = f"{key}={_quoted(value)}"
         parts.insert(0, part)
     return f"{shown}[{','.join(parts)}]" if options else shown
+
+
+def as_word(name: str) -> str:
+    """`name` without options as one writes it in a shell."""
+    return shlex.quote(show(name, {}))
 
 
 def _reads_back(part: str, value: Any, rest: list[str]) -> bool:

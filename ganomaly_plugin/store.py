@@ -189,6 +189,9 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+_MEND = "Mend its permissions or its disk; nothing else is known to be wrong with it."
+
+
 def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -> dict[str, np.ndarray]:
     """The arrays in the `.npz` file `path`, read without unpickling; `digest` is its sha256, None: not known."""
     todo = f"Delete {record_path} and run again."
@@ -197,7 +200,7 @@ def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -
     except FileNotFoundError as error:
         raise CorruptFile(f"The {kind} {path} are missing. {todo}") from error
     except OSError as error:
-        raise CorruptFile(f"The {kind} {path} cannot be read ({error.strerror or error}). {todo}") from error
+        raise CorruptFile(f"The {kind} {path} cannot be read ({error.strerror or error}). {_MEND}") from error
     if digest is not None and digest != file_digest(content):
         raise CorruptFile(f"The {kind} {path} are damaged, or not those of their record. {todo}")
     try:
@@ -229,7 +232,9 @@ def _parse(path: Path) -> tuple[RunRecord, int]:
     todo = f"Delete it to run that job again: {path}"
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptFile(f"The record {path} cannot be read ({error.strerror or error}). {_MEND}") from error
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(f"The record {path.name} is truncated or not JSON. {todo}") from error
     try:
         record = unsealed(content)

@@ -219,6 +219,9 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--data_root", "my", "data"], "one that has spaces: --data_root 'my data'."),
         (["run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
         (["run", "--dry-run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
+        (["run", "--models", "ganomaly ae"], "Put commas between names, and no spaces: ganomaly,ae."),
+        (["run", "--models", "pca", "--datasets", "folder:a [b]"], 'stands in double quotes: "folder:a [b]".'),
+        (["run", "--models", "nowhere:Boom"], "Put its folder on PYTHONPATH"),
         (["run", "--config", "no.yaml"], "no.yaml. Give the path of a YAML file"),
         (["tables", "no_folder"], "not a results folder"),
         (["ls", "nothing*"], "Nothing is called"),
@@ -243,7 +246,13 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("models: [ae\n", "bench run --help"),
         ("models: [{nam: ae}]\n", "A model is name"),
         ("models: [ae]\nhparams: 3\n", "hparams must be name: value pairs"),
-        ("- models\n", "bench: error"),
+        ("- models\n", "sets no option"),
+        ("# nothing yet\n", "sets no option"),
+        ("models:\n", "sets no option"),
+        ("run:\n  models: ae\n", "has its options below run:. Put them at the top level"),
+        ("models: pca\ndry_run: 'false'\n", "--dry_run must be true or false, got 'false'"),
+        ("models: pca\nfail_fast: 3\n", "--fail_fast must be true or false, got 3"),
+        ("models: pca\nclasses: ['0,1']\n", "Unknown class '0,1'"),
         ("models: [ae]\nclasses: []\n", "classes is empty"),
         ("models: [ae]\ntrain-fraction: 0.5\n", "Write train_fraction"),
         ("models: [ae]\nseeds: 1\nseeds: 2\n", "sets 'seeds' twice"),
@@ -252,6 +261,9 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         config.write_text(text)
         code, _, stderr = bench("run", "--config", config, "--out", tmp_path / "out")
         assert code == 2 and wanted in stderr and stderr.count("\n") == 1, stderr
+    config.write_bytes("models: é".encode("latin-1"))
+    code, _, stderr = bench("run", "--config", config)
+    assert code == 2 and "c.yaml is no text in UTF-8" in stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

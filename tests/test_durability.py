@@ -108,6 +108,41 @@ def edited(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is to delete what a wrong permission or a network keeps from being read."""
+    store = fill(tmp_path / "out", [outcome("a")])
+    record, read = outcome("a").record, Path.read_bytes
+
+    def refuse(ending: str) -> None:
+        def reading(path: Path) -> bytes:
+            if path.suffix == ending:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", reading)
+
+    refuse(".npz")
+    with pytest.raises(CorruptFile, match=r"The scores .*\.npz cannot be read \(Permission denied\)\. Mend its perm") as caught:
+        store.scores(record.job)
+    assert "Delete" not in str(caught.value)
+    refuse(".json")
+    with pytest.raises(
+        CorruptFile, match=r"The record .*\.json cannot be read \(Permission denied\)\. Mend its perm"
+    ) as caught:
+        read_record(store.record_path(record.job))
+    assert "Delete" not in str(caught.value)
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*page\.html'"):
+        files.atomic_write(tmp_path / "page.html", b"x")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

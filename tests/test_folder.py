@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ganomaly_plugin import read_images
 from ganomaly_plugin.datasets import decode, imagefiles
 from ganomaly_plugin.datasets.base import _load_cached, load_dataset
 from ganomaly_plugin.datasets.decode import BadImage
@@ -248,6 +249,45 @@ def test_faults_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     assert sorted(dataset.images[:, 0, 5, 5].tolist()) == [10, 11, 12, 13, 20, 21, 30, 31, 32]
     assert dataset.source["skipped"] == 9
     assert len(dataset.source["skipped_first"]) == 5
+
+
+def test_a_defect_without_a_usable_image_is_skipped_as_a_class(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    (base / "test/bent").mkdir()
+    (base / "test/dirt/000.png").write_bytes(b"nothing")
+    with pytest.raises(BadImages, match=r"2 of 8 files .*empty class folder"):
+        load(base, tmp_path, defects="each")
+    dataset = load(base, tmp_path, defects="each", on_bad_image="skip")
+    assert dataset.classes == ("good", "crack") and dataset.anomaly_classes == ("crack",)
+    assert dataset.labels.tolist() == [0, 0, 0, 0, 1, 0] or sorted(dataset.labels.tolist()) == [0, 0, 0, 0, 0, 1]
+    assert dataset.source["skipped"] == 2
+
+
+def test_a_class_with_a_comma_stands_in_quotes(tmp_path: Path, bench) -> None:
+    (mvtec(tmp_path / "f") / "test/dirt").rename(tmp_path / "f/test/hole, big")
+    (tmp_path / "f/ground_truth/dirt").rename(tmp_path / "f/ground_truth/hole, big")
+    words = ["--models", "pca", "--datasets", f"folder:{tmp_path / 'f'}[defects=each]", "--image-size", 16, "--dry-run"]
+    assert "1 jobs" in bench("run", *words, "--classes", '"hole, big"')[1]
+    (tmp_path / "c.yaml").write_text("classes: ['hole, big', crack]\n")
+    assert "2 jobs" in bench("run", *words, "--config", tmp_path / "c.yaml")[1]
+
+
+def test_files_are_read_as_the_folder_is(tmp_path: Path) -> None:
+    dataset = load(mvtec(tmp_path / "f"), tmp_path)
+    files = [*sorted((tmp_path / "f/train/good").glob("*.png")), tmp_path / "f/test/crack/000.png"]
+    found = read_images(files, (3, 16, 16))
+    assert found.dtype == np.uint8 and all((image == dataset.images).all((1, 2, 3)).any() for image in found)
+    np.testing.assert_array_equal(read_images(str(files[0]), (3, 16, 16)), found[:1])
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    for paths, shape, said in (
+        ([*files, tmp_path / "bad.png"], (3, 16, 16), r"bad\.png: not an image"),
+        ([], (3, 16, 16), "no file to read"),
+        (files, (0, 16, 16), r"shape must be \(1 or 3, side, side\)"),
+        (files, (1, 16, 32), r"shape must be \(1 or 3, side, side\)"),
+        (files, (2, 16, 16), "channels must be"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            read_images(paths, shape)
 
 
 def test_masks_of_another_size_and_missing_masks_are_faults(tmp_path: Path) -> None:

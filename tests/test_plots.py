@@ -25,7 +25,7 @@ from ganomaly_plugin.report.figures.histograms import binned
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
 from ganomaly_plugin.report.figures.sheets import FRAME, sheets
-from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, styled
+from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, new_figure, save, styled
 from ganomaly_plugin.report.groups import groups, short_names
 from ganomaly_plugin.report.statistics import friedman
 
@@ -169,6 +169,15 @@ def test_critical_difference_of_demsars_example(tmp_path: Path, bench) -> None:
     assert code == 0 and "over 8 data sets" in out
     code, _, err = bench("plot", "critical-difference", store.folder, "--out", tmp_path / "no.svg", "--datasets", "set0,set1")
     assert code == 2 and "got 3 on 2" in err and not (tmp_path / "no.svg").exists()
+
+
+def test_names_that_no_font_has_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with styled(PAPER):
+        figure = new_figure(2, 1)
+        figure.text(0.1, 0.5, "hole \U0010fffd")  # of the private characters, which no font of ours has
+        save(figure, tmp_path / "a.png")
+    said = capsys.readouterr().err
+    assert "a.png: no font here has \U0010fffd, which are boxes there. Install one" in said and said.count("\n") == 1
 
 
 def test_what_plots_refuse(sweep: Path, bench, tmp_path: Path) -> None:

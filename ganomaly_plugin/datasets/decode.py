@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,39 @@ def decode(path: Path, *, size: int, channels: int, fit: str) -> tuple[np.ndarra
     image = upright.convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(_fitted(image, size, fit, Image.Resampling.BILINEAR))
     return pixels.reshape(size, size, channels).transpose(2, 0, 1), upright.size
+
+
+def read_images(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], shape: tuple[int, int, int], *, fit: str = "crop"
+) -> np.ndarray:
+    """Image files as a detector takes them, prepared as `folder:PATH` prepares them.
+
+    Args:
+        paths: One file or several.
+        shape: `(c, h, w)` of the result, c 1 or 3 and h equal to w: a fitted detector's `image_shape_`.
+        fit: "crop" or "pad", see `placement`.
+
+    Returns:
+        uint8 `(n, c, h, w)`, in the order of `paths`.
+
+    Raises:
+        InvalidInput: There is none, one is not usable, or an option is not allowed.
+    """
+    channels, size, width = shape
+    check_options(channels, fit, "fail", size)
+    if channels == 0 or size != width:
+        raise InvalidInput(f"shape must be (1 or 3, side, side), got {shape}.")
+    files = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    if not files:
+        raise InvalidInput("There is no file to read. Give the paths of image files.")
+    images = []
+    with quiet_pillow():
+        for file in files:
+            try:
+                images.append(decode(file, size=size, channels=channels, fit=fit)[0])
+            except BadImage as error:
+                raise InvalidInput(f"Cannot use the image {file}: {error}.") from error
+    return np.stack(images)
 
 
 def decode_mask(path: Path, image_size: tuple[int, int], *, size: int, fit: str) -> tuple[np.ndarray, bool]:

@@ -25,6 +25,7 @@ from ganomaly_plugin.datasets.cache import available_cpus, cache_folder
 from ganomaly_plugin.datasets.decode import BadImage, check_options, decode, decode_mask, is_grey, quiet_pillow
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.files import locked
+from ganomaly_plugin.selection import as_word
 
 _FORMAT = 1  # of the cached folder; a change of how pixels are made changes it
 _BATCH = 16  # files a task of the thread pool decodes
@@ -121,7 +122,7 @@ def load_listing(
         image_size: Side of the images, pixels.
         channels: 1, 3, or 0: 1 when every image is grey, else 3.
         fit: "crop" (short side to `image_size`, then the centre) or "pad" (long side, the rest black).
-        on_bad_image: "fail", or "skip": leave bad images out and count them in `source`.
+        on_bad_image: "fail", or "skip": leave bad images, and defects that have none left, out, and count them in `source`.
 
     Raises:
         BadImages: Something is not usable, and `on_bad_image` is "fail"; all of it in one report.
@@ -146,13 +147,19 @@ def load_listing(
     if meta["masks_lost"]:
         source["masks_lost_to_resizing"] = meta["masks_lost"]
     files = [listing.files[k] for k in kept]
+    classes, defects = listing.classes, listing.anomaly_classes
+    labels = np.array([file.label for file in files], dtype=np.int64)
+    there = [k for k, name in enumerate(classes) if name not in (defects or ()) or (labels == k).any()]
+    if defects and len(there) > len(classes) - len(defects):  # else no defect is left, which will be said
+        classes, labels = tuple(classes[k] for k in there), np.searchsorted(there, labels)
+        defects = tuple(name for name in defects if name in classes)
     return ImageDataset(
         listing.name,
         np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape),
-        np.array([file.label for file in files], dtype=np.int64),
-        listing.classes,
+        labels,
+        classes,
         np.array([file.is_test for file in files]) if listing.official_split else None,
-        listing.anomaly_classes,
+        defects,
         np.memmap(folder / "masks.u8", dtype=bool, mode="r", shape=shape[:1] + shape[2:]) if listing.has_masks else None,
         source,
     )
@@ -161,8 +168,8 @@ def load_listing(
 def _report(listing: Listing, problems: list[Problem]) -> str:
     return (
         f"{listing.name}: {len(problems)} of {len(listing.files) + len(listing.problems)} files and folders are not usable: "
-        f"{_first(listing, problems)}. Mend or remove them (bench data check {listing.name} lists all), or leave them out "
-        "with on_bad_image=skip."
+        f"{_first(listing, problems)}. Mend or remove them (bench data check {as_word(listing.name)} lists all), or leave them "
+        "out with on_bad_image=skip."
     )
 
 

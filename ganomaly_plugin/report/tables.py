@@ -16,6 +16,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.registry import is_registered
 from ganomaly_plugin.report.frame import GROUP, check_comparable
 from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, check_metrics
+from ganomaly_plugin.selection import as_word
 
 MEAN = "mean"
 ALL = "all data sets"
@@ -171,8 +172,8 @@ def leaks(frame: pd.DataFrame) -> list[str]:
     worst = found.sort_values("share").drop_duplicates(GROUP, keep="last").sort_values(GROUP)
     return [
         f"{describe_data(row['dataset'], row['data'], row['sampling'])}, {row['protocol']}: up to {row['n']:,.0f} of "
-        f"{row['of']:,.0f} test images ({row['share']:.1%}) are training images too; bench data check {row['dataset']} "
-        "shows equal images"
+        f"{row['of']:,.0f} test images ({row['share']:.1%}) are training images too; bench data check "
+        f"{as_word(row['dataset'])} shows equal images"
         for row in worst.to_dict("records")
     ]
 

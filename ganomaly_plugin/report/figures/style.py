@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,13 @@ DASHES: tuple[Any, ...] = (
     (0, (3, 1, 1, 1, 1, 1)),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+#: For names in other scripts, the common ones first: on Linux, on macOS, on Windows.
+_OTHERS = (
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Segoe UI Emoji"),
+)
+_MISSING = "Glyph .* missing from font"
 LEAST_RATIO = 5.0  # of the ends of a logarithmic axis
 DRAWN = len(COLOURS)  # detectors in one figure; with more, the best so many
 
@@ -80,6 +88,14 @@ class Drawing:
     table: str = ""
 
 
+def _others() -> list[str]:
+    """The fonts of this machine for characters that DejaVu Sans lacks."""
+    from matplotlib.font_manager import get_font_names
+
+    here = set(get_font_names())
+    return [name for name in _OTHERS if name in here]
+
+
 @contextmanager
 def styled(theme: Theme) -> Iterator[None]:
     """Matplotlib's settings for figures made and written inside; nothing outside changes."""
@@ -90,8 +106,7 @@ def styled(theme: Theme) -> Iterator[None]:
     )
     settings: Any = {
         **ink,
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],  # comes with Matplotlib: figures look the same everywhere
+        "font.family": ["DejaVu Sans", *_others()],  # the first comes with Matplotlib: figures look the same everywhere
         "font.size": 8,
         "axes.titlesize": 8,
         "axes.labelsize": 8,
@@ -124,7 +139,7 @@ def styled(theme: Theme) -> Iterator[None]:
     }
     with matplotlib.rc_context(), warnings.catch_warnings():
         if theme is PAGE:  # whose texts the browser draws, in fonts of its own
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            warnings.filterwarnings("ignore", _MISSING)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
         yield
@@ -172,8 +187,14 @@ def save(figure: Figure, path: Path) -> None:
     form = check_target(path)
     buffer = io.BytesIO()
     undated: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
-    figure.savefig(buffer, format=form, dpi=DPI, metadata=undated[form])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _MISSING)
+        figure.savefig(buffer, format=form, dpi=DPI, metadata=undated[form])
     atomic_write(path, buffer.getvalue())
+    missing = {chr(int(match[1])) for each in caught if (match := re.match(r"Glyph (\d+)", str(each.message)))}
+    if missing:
+        said = f"{path}: no font here has {' '.join(sorted(missing))}, which are boxes there"
+        print(f"{said}. Install one that has, such as {_OTHERS[0]}.", file=sys.stderr)
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
