@@ -149,7 +149,7 @@ class BaseDetector(ABC):
             _check_loads(partial)
             partial.replace(target)
         except (OSError, RuntimeError) as error:
-            raise InvalidInput(f"Cannot write the detector to {target}: {error}. Choose a folder that exists.") from error
+            raise InvalidInput(f"Cannot write the detector to {target}: {str(error).rstrip('.')}. Choose a folder that exists.") from error
         finally:
             partial.unlink(missing_ok=True)
 
