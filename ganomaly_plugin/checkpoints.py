@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.detectors.base import BaseDetector, resolve_device
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
-from ganomaly_plugin.files import as_path
+from ganomaly_plugin.files import as_path, atomic_write
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
 
@@ -33,13 +34,15 @@ def load_authors_checkpoint(
         **hparams: Hyperparameters that weights do not tell, such as `batchnorm` or `input_range`.
 
     Raises:
-        InvalidInput: A file is not there.
+        InvalidInput: A file is not there, or a hyperparameter is given that the weights tell.
         CorruptFile: A file is damaged, or holds no GANomaly weights.
     """
     generator = _read(as_path(net_g))
     sizes = _sizes(generator, as_path(net_g))
     side = sizes.pop("image_size")
     channels = sizes.pop("channels")
+    for key in sizes.keys() & hparams.keys():
+        raise InvalidInput(f"{key} is told by the weights: {sizes[key]}. Leave it out.")
     detector = make_detector("ganomaly", **sizes, **hparams)
     assert isinstance(detector, RecipeDetector)
     chw = (channels, side, side)
@@ -51,15 +54,17 @@ def load_authors_checkpoint(
     return detector.set_networks(states, chw, resolve_device(device))
 
 
-def save_authors_checkpoint(detector: RecipeDetector, folder: str | os.PathLike[str]) -> None:
+def save_authors_checkpoint(detector: BaseDetector, folder: str | os.PathLike[str]) -> None:
     """Write a fitted GANomaly detector as `netG.pth` and `netD.pth` into `folder`, as the authors' code reads them.
 
     Raises:
-        InvalidInput: The detector is not GANomaly, or the folder does not exist.
+        InvalidInput: The detector is not GANomaly, or the folder does not exist or cannot be written.
         NotFitted: The detector has no weights yet.
     """
-    if not isinstance(getattr(detector, "recipe", None), GanomalyRecipe):
-        raise InvalidInput(f"Only ganomaly has the authors' checkpoint format, got {detector.name or type(detector).__name__}.")
+    # A recipe made from it scores in a way of its own, which the files do not hold.
+    if not isinstance(detector, RecipeDetector) or type(detector.recipe) is not GanomalyRecipe:
+        given = getattr(detector, "name", None) or type(detector).__name__
+        raise InvalidInput(f"Only ganomaly has the authors' checkpoint format, got {given}.")
     if not hasattr(detector, "networks_"):
         raise NotFitted("ganomaly is not fitted; call fit(images) first.")
     target = as_path(folder)
@@ -67,7 +72,12 @@ def save_authors_checkpoint(detector: RecipeDetector, folder: str | os.PathLike[
         raise InvalidInput(f"No folder at {target}. Create it first.")
     for name, file in _FILES.items():
         state = {key: value.cpu().contiguous() for key, value in detector.networks_[name].state_dict().items()}
-        torch.save({"epoch": len(detector.history_), "state_dict": state}, target / file)
+        content = io.BytesIO()
+        torch.save({"epoch": len(detector.history_), "state_dict": state}, content)
+        try:
+            atomic_write(target / file, content.getvalue())
+        except OSError as error:
+            raise InvalidInput(f"Cannot write {target / file}: {error.strerror or error}. Choose another folder.") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -76,6 +86,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(content["state_dict"])
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+            raise TypeError("not all its weights are tensors with a name")
     except Exception as error:  # torch raises many types for a damaged archive
         raise CorruptFile(f"{path} is not a checkpoint of the authors' code ({type(error).__name__}).") from error
     return {key.removeprefix("module."): value for key, value in state.items()}
@@ -88,7 +100,7 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     }
     first = next((shape for key, shape in encoder.items() if key.startswith("initial-conv")), None)
     last = next((shape for key, shape in encoder.items() if key.startswith("final-")), None)
-    if first is None or last is None:
+    if first is None or last is None or len(first) != 4 or len(last) != 4:
         raise CorruptFile(f"{path} holds no GANomaly generator: it has no encoder1.main weights.")
     pyramid = sum(bool(re.fullmatch(r"pyramid-\d+-\d+-conv\.weight", key)) for key in encoder)
     extra = sum(bool(re.fullmatch(r"extra-layers-\d+-\d+-conv\.weight", key)) for key in encoder)

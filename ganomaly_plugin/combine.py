@@ -21,13 +21,25 @@ _SHOWN = 20  # lines of one kind before "and N more"
 
 
 def differing_versions(a: RunRecord, b: RunRecord) -> str:
-    """`torch 2.11.0 against 2.15.0, …` for the deciding packages and the device; empty when they agree."""
-    sides = [{**_versions(record), "device": record.environment.get("device")} for record in (a, b)]
+    """`torch 2.11.0 against 2.15.0, …` for the deciding packages, the device and the trainer; empty when they agree."""
+    sides = [
+        {**_versions(record), "device": record.environment.get("device"), "trainer": _trainer(record)} for record in (a, b)
+    ]
     return ", ".join(
         f"{name} {sides[0].get(name)} against {sides[1].get(name)}"
-        for name in (*_DECIDING, "device")
+        for name in (*_DECIDING, "device", "trainer")
         if sides[0].get(name) != sides[1].get(name)
     )
+
+
+def _trainer(record: RunRecord) -> str | None:
+    """How the model was trained, such as `plain`, or `stacked-matmul of 6 models`: another way rounds otherwise."""
+    described = record.notes.get("describe")
+    if not isinstance(described, Mapping) or "trainer" not in described:
+        return None
+    if "stacked_by" not in described:
+        return str(described["trainer"])
+    return f"{described['trainer']}-{described['stacked_by']} of {described.get('stacked_models')} models"
 
 
 def _versions(record: RunRecord) -> Mapping[str, Any]:
@@ -109,7 +121,7 @@ def _conflict(before: tuple[Store, RunRecord], after: tuple[Store, RunRecord]) -
     (first, a), (second, b) = before, after
     if "failed" in (a.status, b.status) or _same_scores(first.scores(a.job), second.scores(b.job)):
         return None
-    why = differing_versions(a, b) or "the same versions and device"
+    why = differing_versions(a, b) or "the same versions, device and trainer"
     gap = f"AUROC {a.metrics['auroc']:.4f} against {b.metrics['auroc']:.4f}"
     return f"{a.job.title}: other scores in {first.folder} and {second.folder} ({gap}; {why})"
 
@@ -199,7 +211,7 @@ def _compare_job(found: Comparison, stores: tuple[Store, Store], a: RunRecord, b
         found.equal += 1
     else:
         change = b.metrics["auroc"] - a.metrics["auroc"]
-        why = differing_versions(a, b) or "same versions and device"
+        why = differing_versions(a, b) or "same versions, device and trainer"
         gap = f"AUROC {a.metrics['auroc']:.4f} against {b.metrics['auroc']:.4f} ({change:+.4f})"
         found.other_scores.append(f"{a.job.title}: {gap}; {why}")
 

@@ -26,6 +26,10 @@ def check_images(images: Any, *, chw: tuple[int, int, int] | None = None) -> Ten
         InvalidInput: The array is empty, has another shape or type, holds NaN, or leaves [-1, 1].
     """
     if isinstance(images, Tensor):
+        if images.layout != torch.strided or images.is_meta or images.is_quantized:
+            raise InvalidInput(
+                f"Images are a tensor of layout {images.layout} on {images.device}. {_ALLOWED}, all of it in memory."
+            )
         tensor = images.detach().cpu()
     else:
         array = np.asarray(images)

@@ -72,6 +72,7 @@ DATASETS = (
     _builtin("anomalib:", "datasets.anomalib_sets:load", "MVTec AD, VisA, BTech, ..., as anomalib:MVTecAD"),
 )
 
+_ON_PATH = " Put the folder that it is in on PYTHONPATH: PYTHONPATH=. bench …"
 _ELSE = "Or give a class path, package.module:Class."
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
 
@@ -142,12 +143,15 @@ def resolve(kind: str, name: str) -> Any:
         raise InvalidInput(f"{kind} {name!r} is registered as {target!r}, which names no object. Register module:attribute.")
     if not attribute:
         raise unknown(kind, name, known, todo=_ELSE)
-    if in_family and not argument:
+    if not argument and (in_family or (name in known and name.endswith(":"))):
         raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
-        todo = " Put its folder on PYTHONPATH: PYTHONPATH=. bench …" if isinstance(error, ModuleNotFoundError) else ""
+        todo = ""
+        if isinstance(error, ModuleNotFoundError):
+            entry = known.get(family + colon if in_family else name)
+            todo = f" Install {entry.source} anew, which registers it." if entry else _ON_PATH
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.{todo}") from error
     if kind == "detector" and not _looks_like_a_detector(found):
         raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")

@@ -84,7 +84,7 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
     """Run the jobs of a chunk; exactly one outcome each. Several are a stack: their models are trained together.
 
     When that fails as a whole the jobs left are run one by one. Where a way of stacking is named, a job alone is a stack too:
-    its numbers do not depend on what else there is to do.
+    its numbers depend on what else there is to do by rounding only.
     """
     left = list(chunk)
     if len(chunk) > 1 or (settings.how is not None and why_alone(chunk[0]) is None):
@@ -128,15 +128,18 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
         fit_together(members, images, epochs=epochs, steps=steps, device=device, how=settings.how, record=record)
         oracles = sum(cell.oracle.seconds for cell, _ in cells if cell.oracle)
         seconds = (time.perf_counter() - began - oracles) / len(cells)  # each job's share
-        for cell, member in sorted(cells, key=lambda each: each[1].error is not None):  # --fail-fast stops at a failure
+        failures = []
+        for cell, member in cells:
             try:
                 if member.error is not None:
                     raise member.error
                 outcome = cell.outcome(seconds)
                 check_storable(outcome.record)
             except Exception as error:
-                outcome = _failed(cell.job, error, seconds, settings)
-            yield outcome
+                failures.append(_failed(cell.job, error, seconds, settings))
+            else:
+                yield outcome
+        yield from failures  # last: --fail-fast stops at the first
 
 
 def _device_name(device: str) -> str:

@@ -62,9 +62,22 @@ def test_epochs_train_and_are_reported() -> None:
     assert seen == [3, 6] and [sorted(losses) for losses in detector.history_] == [["discriminator_loss", "generator_loss"]] * 2
 
 
+@pytest.mark.parametrize("raised", [KeyError("mine"), OSError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_what_a_callback_raises_stays_what_it_is(raised: BaseException) -> None:
+    """Lightning makes an exit of an interrupt, and a want of weights is an OSError too."""
+
+    def stop(epoch: int, detector: Any) -> None:
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        make_detector("anomalib:Ganomaly", **GANOMALY).fit(blobs(8), epochs=2, on_epoch=stop)
+    assert caught.value is raised or isinstance(raised, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize(
     ("name", "hparams", "message"),
     [
+        ("anomalib:", {}, "needs a name or a path after the colon"),
         ("anomalib:Padimm", {}, "Did you mean 'Padim'"),
         ("anomalib:Padim", {"backbon": "resnet18"}, "Did you mean 'backbone'"),
         ("anomalib:Padim", {"n_features": "many"}, "n_features must be"),

@@ -221,7 +221,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--dry-run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
         (["run", "--models", "ganomaly ae"], "Put commas between names, and no spaces: ganomaly,ae."),
         (["run", "--models", "pca", "--datasets", "folder:a [b]"], 'stands in double quotes: "folder:a [b]".'),
-        (["run", "--models", "nowhere:Boom"], "Put its folder on PYTHONPATH"),
+        (["run", "--models", "nowhere:Boom"], "Put the folder that it is in on PYTHONPATH"),
         (["run", "--config", "no.yaml"], "no.yaml. Give the path of a YAML file"),
         (["tables", "no_folder"], "not a results folder"),
         (["ls", "nothing*"], "Nothing is called"),

@@ -282,9 +282,11 @@ def test_files_are_read_as_the_folder_is(tmp_path: Path) -> None:
     for paths, shape, said in (
         ([*files, tmp_path / "bad.png"], (3, 16, 16), r"bad\.png: not an image"),
         ([], (3, 16, 16), "no file to read"),
-        (files, (0, 16, 16), r"shape must be \(1 or 3, side, side\)"),
-        (files, (1, 16, 32), r"shape must be \(1 or 3, side, side\)"),
-        (files, (2, 16, 16), "channels must be"),
+        ([tmp_path / "no.png"], (3, 16, 16), r"no\.png: no such file"),
+        (tmp_path, (3, 16, 16), "is a directory"),
+        (None, (3, 16, 16), "paths must be"),
+        *((files, shape, "shape must be") for shape in ((0, 16, 16), (1, 16, 32), (2, 16, 16), (16, 16), 16, (1, 16.0, 16))),
+        (files, (3, 0, 0), "image_size must be at least 1"),
     ):
         with pytest.raises(InvalidInput, match=said):
             read_images(paths, shape)

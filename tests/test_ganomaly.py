@@ -194,6 +194,22 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match="no GANomaly generator"):
         load_authors_checkpoint(tmp_path / "netG.pth")
     with pytest.raises(InvalidInput, match="Only ganomaly"):
-        save_authors_checkpoint(make_detector("ae"), tmp_path)  # type: ignore[arg-type]
+        save_authors_checkpoint(make_detector("ae"), tmp_path)
+    with pytest.raises(InvalidInput, match="got ganomaly_plus"):  # whose score is more than those networks
+        save_authors_checkpoint(make_detector("ganomaly_plus"), tmp_path)
+    with pytest.raises(InvalidInput, match="Only ganomaly"):
+        save_authors_checkpoint("ganomaly", tmp_path)  # type: ignore[arg-type]
     with pytest.raises(NotFitted):
-        save_authors_checkpoint(make_detector("ganomaly"), tmp_path)  # type: ignore[arg-type]
+        save_authors_checkpoint(make_detector("ganomaly"), tmp_path)
+    fitted = make_detector("ganomaly", features=2, latent_dim=2).fit(blobs(8), epochs=1, device="cpu")
+    with pytest.raises(InvalidInput, match=r"Cannot write /proc/netG\.pth"):
+        save_authors_checkpoint(fitted, "/proc")
+    save_authors_checkpoint(fitted, tmp_path)
+    with pytest.raises(InvalidInput, match="features is told by the weights: 2"):
+        load_authors_checkpoint(tmp_path / "netG.pth", features=8)
+    state = torch.load(tmp_path / "netG.pth", weights_only=True)["state_dict"]
+    first = next(key for key in state if "initial-conv" in key)
+    for wrong in ({**state, first: 3}, {**state, 5: state[first]}, {**state, first: torch.zeros(3)}):
+        torch.save({"epoch": 1, "state_dict": wrong}, tmp_path / "netG.pth")
+        with pytest.raises(CorruptFile):
+            load_authors_checkpoint(tmp_path / "netG.pth")

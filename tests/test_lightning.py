@@ -150,6 +150,8 @@ def test_what_lightning_would_do_otherwise_is_refused() -> None:
     images = torch.from_numpy(blobs(8))
     with pytest.raises(InvalidInput, match="precision 32-true"):
         fit_batches(small("Ganomaly", pre_processor=False), [images], CPU, precision="bf16-mixed")
+    with pytest.raises(InvalidInput, match="image_size must be a whole number"):
+        small("Ganomaly", image_size=16.0)
     with pytest.raises(MisconfigurationException, match="gradient accumulation"):
         fit_batches(small("Ganomaly", pre_processor=False), [images], CPU, accumulate_grad_batches=2)
     with pytest.raises(InvalidInput, match="2 stages"):
@@ -229,6 +231,58 @@ def test_fit_test_predict_and_checkpoint_through_the_engine(tmp_path: Path) -> N
     resumed = small("Ganomaly")
     longer.fit(resumed, datamodule=data, ckpt_path=checkpoint)
     assert torch.load(next((tmp_path / "more").rglob("*.ckpt")), weights_only=True)["ganomaly_plugin"]["steps"] == 6
+
+
+def engine(folder: Path, **options: Any) -> Any:
+    from anomalib.engine import Engine
+
+    return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, **options)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Any:
+    """A data module of 14 normal training images in batches of 4, and a few to test."""
+    from anomalib.data import Folder
+
+    dirs = {"normal_dir": "train/good", "abnormal_dir": "test/bad", "normal_test_dir": "test/good"}
+    batches = {"train_batch_size": 4, "eval_batch_size": 4, "num_workers": 0}
+    return Folder(name="parts", root=write_folder(tmp_path / "parts"), **dirs, **batches, val_split_mode="from_test", seed=0)
+
+
+def test_a_fit_goes_on_from_the_end_of_an_epoch_only(tmp_path: Path, parts: Any) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    each = ModelCheckpoint(dirpath=tmp_path / "each", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    engine(tmp_path / "a", max_epochs=2, callbacks=[each]).fit(small("Ganomaly"), datamodule=parts)
+    saved = sorted(tmp_path.glob("each/*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    with pytest.raises(InvalidInput, match="from the end of an epoch, and the checkpoint is of the middle"):
+        engine(tmp_path / "b", max_epochs=3).fit(small("Ganomaly"), datamodule=parts, ckpt_path=saved[0])
+
+
+def test_precision_is_that_of_scores_too(tmp_path: Path, parts: Any) -> None:
+    module = small("Ganomaly")
+    engine(tmp_path / "a", max_epochs=1).fit(module, datamodule=parts)
+    for precision in ("bf16-mixed", "64-true"):
+        with pytest.raises(InvalidInput, match=f"computes with precision 32-true, got {precision}"):
+            engine(tmp_path / "b", precision=precision).test(module, datamodule=parts)
+
+
+def test_stages_that_were_not_reached_are_said(tmp_path: Path, parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    stop = EarlyStopping(monitor="critic_loss", mode="max", patience=1, stopping_threshold=-1e9)
+    engine(tmp_path / "a", max_epochs=8, callbacks=[stop]).fit(small("FAnogan"), datamodule=parts)
+    assert "FAnogan stopped before the stage encoder: its scores mean nothing yet" in caplog.text
+    checkpoint = next((tmp_path / "a").rglob("*.ckpt"))
+    with pytest.raises(InvalidInput, match="the checkpoint's training had 8, this one has 4"):
+        engine(tmp_path / "b", max_epochs=4).fit(small("FAnogan"), datamodule=parts, ckpt_path=checkpoint)
+
+
+def test_an_epoch_budget_that_looks_unset_is_said(tmp_path: Path, parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module = small("Ganomaly")
+    engine(tmp_path / "a", max_epochs=1000, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=parts)
+    assert "max_epochs is 1000, as where none is set: training for the published 15 epochs. Ask for 1001" in caplog.text
+    assert module._loop.steps == 15
 
 
 @pytest.mark.parametrize("name", ["Egbad", "Anogan", "Alad"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,15 @@ def test_what_does_not_fit_into_memory_is_scored_in_smaller_chunks(
     with pytest.raises(torch.OutOfMemoryError):
         detector.score(images)
     assert sizes[-1] == fewest
+
+
+def test_threads_that_score_with_batch_statistics_wait_for_each_other() -> None:
+    detector = make_detector("ganomaly", **TINY["ganomaly"], batch_size=4, batchnorm="batch")
+    detector.fit(blobs(16), epochs=1, device="cpu")
+    images = blobs(12, seed=1)
+    wanted = detector.score(images)
+    with ThreadPoolExecutor(4) as pool:
+        assert all((found == wanted).all() for found in pool.map(lambda _: detector.score(images), range(60)))
 
 
 @pytest.mark.parametrize(

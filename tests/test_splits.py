@@ -170,9 +170,11 @@ def test_seeds_are_whole_numbers(seed: object) -> None:
 
 def test_too_few_anomalies_say_how_many_there_are() -> None:
     few = labelled([100, 0], [20, 3])
-    with pytest.raises(InvalidInput, match=r"needs 10 anomalies to train on, and there are 2 .*Take at most 0.021"):
+    with pytest.raises(InvalidInput, match=r"needs 10 anomalies to train on, and there are 2 to spare .*Take at most 0.021"):
         make_split(few, STRICT, "1", 0, contamination=0.1)
     assert make_split(few, STRICT, "1", 0, contamination=0.021).contaminating == 2
+    with pytest.raises(InvalidInput, match=r"there is none to spare .*Leave this class out"):
+        make_split(labelled([100, 0], [20, 1]), STRICT, "1", 0, contamination=0.1)
 
 
 @pytest.mark.parametrize("protocol", [STRICT, PAPER])

@@ -202,6 +202,29 @@ def test_a_device_that_refuses_everything_fails_jobs_and_not_the_sweep(monkeypat
     assert all("illegal memory access" in str(outcome.record.error) for outcome in outcomes)
 
 
+def test_a_score_that_fails_comes_after_what_else_was_trained(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, calls = AutoencoderRecipe.score, []
+
+    def fail_at_first(self, networks, images):
+        calls.append(len(images))
+        if len(calls) == 1:
+            raise ValueError("spoiled")
+        return score(self, networks, images)
+
+    monkeypatch.setattr(AutoencoderRecipe, "score", fail_at_first)
+    words = ["--models", f"ae{TINY}", *SWEEP, "--trainer", "stacked", "--fail-fast", "--out", tmp_path / "out"]
+    assert bench("run", *words)[0] == 1
+    assert sorted(r.status for r in Store(tmp_path / "out").records()) == ["done", "done", "done", "failed"]
+
+
+def test_diff_names_the_trainer_where_scores_differ(bench, tmp_path: Path) -> None:
+    words = ["--models", "ganomaly[features=4,latent_dim=4]", *SWEEP, "--trainer"]
+    for name, trainer in (("plain", "plain"), ("mapped", "stacked-matmul")):
+        assert bench("run", *words, trainer, "--out", tmp_path / name)[0] == 0
+    code, out, _ = bench("diff", tmp_path / "plain", tmp_path / "mapped")
+    assert code == 1 and "trainer plain against stacked-matmul of 4 models" in out
+
+
 def test_memory_of_a_model_grows_with_what_it_holds() -> None:
     small, wide = AutoencoderRecipe(features=4, batch_size=8), AutoencoderRecipe(features=8, batch_size=8)
     deep = AutoencoderRecipe(features=4, batch_size=16)

@@ -6,12 +6,14 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.files import as_path
 
 #: Images with more pixels are refused before they are decoded: Pillow's own limit against decompression bombs.
 PIXEL_LIMIT = 89_478_485
@@ -52,6 +54,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise BadImage(f"more than the limit of {PIXEL_LIMIT:,} pixels") from error
     except PermissionError as error:
         raise BadImage("no permission to read it") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise BadImage(str(error.strerror).lower()) from error
     except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
         raise BadImage(f"damaged: {error.strerror or error if isinstance(error, OSError) else error}") from error
     except Exception as error:  # decoders meet hostile bytes with struct.error, ValueError, IndexError, ...
@@ -163,11 +167,19 @@ def read_images(
     Raises:
         InvalidInput: There is none, one is not usable, or an option is not allowed.
     """
-    channels, size, width = shape
+    sizes = list(shape) if isinstance(shape, (tuple, list, np.ndarray)) else []
+    if (
+        len(sizes) != 3
+        or not all(isinstance(each, Integral) for each in sizes)
+        or sizes[1] != sizes[2]
+        or sizes[0] not in (1, 3)
+    ):
+        raise InvalidInput(f"shape must be (c, h, w) with c 1 or 3 and h equal to w, got {shape!r}.")
+    channels, size = int(sizes[0]), int(sizes[1])
     check_options(channels, fit, "fail", size)
-    if channels == 0 or size != width:
-        raise InvalidInput(f"shape must be (1 or 3, side, side), got {shape}.")
-    files = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    if not isinstance(paths, (str, os.PathLike, Iterable)):
+        raise InvalidInput(f"paths must be the path of an image file, or several, got {paths!r}.")
+    files = [as_path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not files:
         raise InvalidInput("There is no file to read. Give the paths of image files.")
     images = []

@@ -230,10 +230,15 @@ def _contaminate(split: Split, is_anomalous: np.ndarray, share: float, seed: int
             f"contamination={share} of {len(split.train)} training images is less than one ({where}). "
             f"Take at least {least}, or 0."
         )
-    if wanted > available:
-        most = max(available, 0) / (max(available, 0) + len(split.train))
+    if available <= 0:
         raise InvalidInput(
-            f"contamination={share} needs {wanted} anomalies to train on, and there are {max(available, 0)} ({where}). "
+            f"contamination={share} needs an anomaly to train on, and there is none to spare ({where}): one stays to be "
+            "tested. Leave this class out, or take contamination=0."
+        )
+    if wanted > available:
+        most = available / (available + len(split.train))
+        raise InvalidInput(
+            f"contamination={share} needs {wanted} anomalies to train on, and there are {available} to spare ({where}). "
             f"Take at most {math.floor(most * 1000) / 1000}, or a smaller train_fraction."
         )
     drawn = np.random.default_rng([seed, 5]).permutation(np.sort(pool))[:wanted]

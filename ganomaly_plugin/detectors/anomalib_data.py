@@ -68,6 +68,7 @@ class AfterEpoch(Callback):
 
     def __init__(self, detector: AnomalibDetector, on_epoch: OnEpoch | None) -> None:
         self.detector, self.on_epoch = detector, on_epoch
+        self.error: Exception | None = None  # what `on_epoch` raised
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note the losses, call the runner, and go on training."""
@@ -75,5 +76,9 @@ class AfterEpoch(Callback):
         forms = {f"{name}{end}" for name in metrics for end in ("_step", "_epoch")}  # Lightning logs a mean under two names
         self.detector.history_.append({name: float(value) for name, value in metrics.items() if name not in forms})
         if self.on_epoch is not None:
-            self.on_epoch(trainer.current_epoch + 1, self.detector)
+            try:
+                self.on_epoch(trainer.current_epoch + 1, self.detector)
+            except Exception as error:
+                self.error = error
+                raise
             pl_module.train()

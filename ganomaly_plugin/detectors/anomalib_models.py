@@ -17,7 +17,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, check_known, one_line
 from ganomaly_plugin.images import to_float
+
+if TYPE_CHECKING:
+    from ganomaly_plugin.detectors.anomalib_data import AfterEpoch
 
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
 _OURS = ("image_size", "batch_size", "input_range")
@@ -83,9 +86,9 @@ class AnomalibDetector(BaseDetector):
 
         self.history_: list[dict[str, float]] = []
         self.device_ = device
-        with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors():
+        after_epoch = AfterEpoch(self, on_epoch if self.has_epochs else None)
+        with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors(after_epoch):
             self.model_ = self._build()
-            after_epoch = AfterEpoch(self, on_epoch if self.has_epochs else None)
             engine = make_engine(device, folder, [after_epoch], max_epochs=epochs or self.default_epochs)
             data: Any = ImagesInMemory(images, self.batch_size)
             engine.fit(self.model_, datamodule=data)
@@ -166,13 +169,22 @@ class AnomalibDetector(BaseDetector):
         self.device_, self.history_ = device, []
 
     @contextlib.contextmanager
-    def _readable_errors(self) -> Iterator[None]:
-        """anomalib's, timm's and huggingface's errors as one line; a failed download says what to put where."""
+    def _readable_errors(self, after_epoch: AfterEpoch | None = None) -> Iterator[None]:
+        """anomalib's, timm's and huggingface's errors as one line; a failed download says what to put where.
+
+        What `on_epoch` raised stays what it was, and so does an interrupt, of which Lightning makes an exit.
+        """
         try:
             yield
         except BenchError:
             raise
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
         except Exception as error:
+            if after_epoch is not None and after_epoch.error is error:
+                raise
             name = self.name or f"anomalib:{self.model_name}"
             if not is_download_error(error):
                 raise InvalidInput(f"{name} failed in anomalib: {one_line(error)[:300]}") from error

@@ -81,8 +81,9 @@ class BaseDetector(ABC):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
                 raise InvalidInput(f"{budget} must be a whole number of at least 1, got {value!r}.")
         if steps is not None and (epochs is not None or not self.has_steps):
-            why = "has no budget in steps" if not self.has_steps else f"got epochs={epochs} and steps={steps}"
-            raise InvalidInput(f"{self.name or type(self).__name__} {why}. Give epochs or steps, not both.")
+            why = f"got epochs={epochs} and steps={steps}. Give epochs or steps, not both."
+            why = why if self.has_steps else "has no budget in steps. Leave steps out."
+            raise InvalidInput(f"{self.name or type(self).__name__} {why}")
         seed = check_seed(seed)
         checked = check_images(images)
         _, c, h, w = checked.shape
@@ -109,6 +110,10 @@ class BaseDetector(ABC):
         """
         checked = self._check(images)
         return check_scores(self._score(checked), len(checked), self.name or type(self).__name__)
+
+    def named_scores(self, images: Any) -> dict[str, np.ndarray]:
+        """Every score that the method offers, by name: float64 `(n,)` each; {} for a method with one score only."""
+        return {}
 
     def anomaly_map(self, images: Any) -> np.ndarray:
         """Anomaly of each pixel, float32 `(n, h, w)`; higher is more anomalous.
@@ -149,7 +154,9 @@ class BaseDetector(ABC):
             _check_loads(partial)
             partial.replace(target)
         except (OSError, RuntimeError) as error:
-            raise InvalidInput(f"Cannot write the detector to {target}: {str(error).rstrip('.')}. Choose a folder that exists.") from error
+            raise InvalidInput(
+                f"Cannot write the detector to {target}: {str(error).rstrip('.')}. Choose a folder that exists."
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 

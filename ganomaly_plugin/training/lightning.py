@@ -10,6 +10,7 @@ import copy
 import logging
 from abc import abstractmethod
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ class RecipeModule(AnomalibModule):
         visualizer: Visualizer | bool = True,
         **hparams: Any,
     ) -> None:
+        if isinstance(image_size, bool) or not isinstance(image_size, (int, Integral)):
+            raise InvalidInput(f"image_size must be a whole number of pixels, the side of square images, got {image_size!r}.")
+        image_size = int(image_size)
         if channels not in (1, 3):
             raise InvalidInput(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
         name = type(self).__name__
@@ -197,20 +201,25 @@ class RecipeModule(AnomalibModule):
         return {"num_sanity_val_steps": 0}
 
     def setup(self, stage: str) -> None:
-        """Refuse what would train something else than the method, and give an unset epoch budget its published value."""
+        """Refuse what would train or score something else than the method; an unset epoch budget gets its published value."""
+        trainer, stages = self.trainer, len(self.recipe.stages)
+        if str(trainer.precision) != PRECISION:  # gradients are taken without Lightning's scaler, and scores are of float32
+            raise InvalidInput(
+                f"{self.name} computes with precision {PRECISION}, got {trainer.precision}. Leave precision out."
+            )
         if stage != "fit":
             return
-        trainer, stages = self.trainer, len(self.recipe.stages)
         if trainer.world_size > 1:
             raise InvalidInput(
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
                 "classes side by side instead."
             )
-        if str(trainer.precision) != PRECISION:  # gradients are taken without Lightning's scaler
-            raise InvalidInput(f"{self.name} trains with precision {PRECISION}, got {trainer.precision}. Leave precision out.")
         if trainer.max_epochs == _UNSET_EPOCHS:
             trainer.fit_loop.max_epochs = self.recipe.default_epochs * stages
-            logger.warning("max_epochs is not set: training for the published %d epochs.", trainer.max_epochs)
+            said = (
+                "max_epochs is %d, as where none is set: training for the published %d epochs. Ask for %d if you mean as many."
+            )
+            logger.warning(said, _UNSET_EPOCHS, trainer.max_epochs, _UNSET_EPOCHS + 1)
         if stages > 1 and (trainer.max_epochs or 0) < stages:
             raise InvalidInput(
                 f"{self.name} trains in {stages} stages that share the epochs: set trainer.max_epochs to at least {stages}, "
@@ -240,6 +249,12 @@ class RecipeModule(AnomalibModule):
             optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
             loop.begin(stages[index], optimisers[first : first + len(stages[index].phases)])
         if self._resumed is not None:
+            before = self._resumed["max_epochs"]
+            if len(stages) > 1 and before not in (None, epochs):
+                raise InvalidInput(
+                    f"{self.name} shares max_epochs among its {len(stages)} stages: the checkpoint's training had {before}, "
+                    f"this one has {epochs}. Set max_epochs to {before}, or train anew."
+                )
             loop.steps, loop.stage_steps = self._resumed["steps"], self._resumed["stage_steps"]
             loop.draws.set_state(self._resumed["draws"])
             loop.redraws.set_state(self._resumed["redraws"])
@@ -257,6 +272,11 @@ class RecipeModule(AnomalibModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor] | None:
         """One step of the plain trainer; returns its losses."""
+        if self._stage < 0:  # no epoch was begun
+            raise InvalidInput(
+                f"{self.name} goes on from the end of an epoch, and the checkpoint is of the middle of one. Take one that was "
+                "saved after an epoch, as ModelCheckpoint does with every_n_epochs."
+            )
         images = self.model.inputs(batch.image)  # type: ignore[arg-type]
         self._check_images(images)
         if batch_idx == 0:
@@ -274,8 +294,11 @@ class RecipeModule(AnomalibModule):
         self._calibrate()
 
     def on_train_end(self) -> None:
-        """Calibrate the scores of the trained networks, for methods that do."""
+        """Calibrate the scores of the trained networks, for methods that do, and say so when a stage was never reached."""
         self._calibrate()
+        missed = [stage.name for stage in self.recipe.stages[self._stage + 1 :]]
+        if missed:
+            logger.warning("%s stopped before the stage %s: its scores mean nothing yet.", self.name, ", ".join(missed))
 
     def _calibrate(self) -> None:
         """On images of the last epoch, which were trained on: Lightning's data module decides what is held out."""
@@ -300,6 +323,7 @@ class RecipeModule(AnomalibModule):
         own: dict[str, Any] = {"model": self.name}
         if self._loop is not None:
             own |= {"steps": self._loop.steps, "stage_steps": self._loop.stage_steps}
+            own |= {"max_epochs": self.trainer.max_epochs}
             own |= {"draws": self._loop.draws.get_state(), "redraws": self._loop.redraws.get_state()}
         checkpoint[_OWN_KEY] = own
 
@@ -317,8 +341,8 @@ class RecipeModule(AnomalibModule):
             raise InvalidInput(
                 f"The checkpoint's {self.name} has {', '.join(differ) or 'other networks'}. Set the same values."
             )
-        states = ("steps", "stage_steps", "draws", "redraws")
-        self._resumed = {key: own[key] for key in states} if "draws" in own else None
+        states = ("steps", "stage_steps", "max_epochs", "draws", "redraws")
+        self._resumed = {key: own.get(key) for key in states} if "draws" in own else None
 
     def to_onnx(  # type: ignore[override]
         self, export_root: Path | str, model_file_name: str = "model", input_size: tuple[int, int] | None = None, **kwargs: Any

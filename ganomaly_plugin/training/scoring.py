@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.room import make_room, out_of_memory
 
 SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch: on a CPU, and at least on a GPU
+_TURNS = threading.RLock()  # threads that score with batch statistics change the same networks meanwhile
 _GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy; 2048 of 32×32
 
 
@@ -112,19 +114,22 @@ class _ByBatch(TorchFunctionMode):
 def scoring_mode(networks: Networks, batchnorm: str) -> Iterator[None]:
     """Evaluation mode, float32; with `batchnorm="batch"` BatchNorm uses, but does not remember, the batch's statistics."""
     norms = [m for net in networks.values() for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for network in networks.values():
-        network.eval()
     if batchnorm == "running":
+        for network in networks.values():
+            network.eval()
         with precision("float32"):
             yield
         return
-    for norm in norms:
-        norm.train()
-        norm.track_running_stats = False
-    try:
-        with precision("float32"):
-            yield
-    finally:
+    with _TURNS:
+        for network in networks.values():
+            network.eval()
         for norm in norms:
-            norm.eval()
-            norm.track_running_stats = True
+            norm.train()
+            norm.track_running_stats = False
+        try:
+            with precision("float32"):
+                yield
+        finally:
+            for norm in norms:
+                norm.eval()
+                norm.track_running_stats = True
