@@ -175,10 +175,10 @@ class RecipeModule(AnomalibModule):
         self.automatic_optimization = False
         self.model = RecipeModel(recipe, build_networks(recipe, chw, seed), channels)
         self._loop: PlainTrainer | None = None
+        self._stage = -1  # none yet
         self._resumed: dict[str, Any] | None = None
 
     model: RecipeModel
-    _stage: int
 
     @property
     @abstractmethod
@@ -297,7 +297,7 @@ class RecipeModule(AnomalibModule):
         """Calibrate the scores of the trained networks, for methods that do, and say so when a stage was never reached."""
         self._calibrate()
         missed = [stage.name for stage in self.recipe.stages[self._stage + 1 :]]
-        if missed:
+        if missed and self._stage >= 0:
             logger.warning("%s stopped before the stage %s: its scores mean nothing yet.", self.name, ", ".join(missed))
 
     def _calibrate(self) -> None:
