@@ -153,6 +153,7 @@ def test_pages_of_hardly_any_results(tmp_path: Path, bench) -> None:
     assert page.text.count("no test over data sets") == 2 and page.tags["h2"] == 6  # two protocols, two sections
 
 
+@pytest.mark.slow
 def test_a_page_of_sixty_detectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "PANELS", 2)
     page = check(report_html(load_results(fill(tmp_path / "many", [outcome(f"d{k:02}") for k in range(60)]).folder)))
