@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from ganomaly_plugin import facts
 from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
@@ -21,33 +18,20 @@ from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.samples import sample
+from ganomaly_plugin.seeding import seed_all, seeded
 from ganomaly_plugin.status import JobStatus
 
 REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protocol holds none out
 
 
-def seed_everything(job: Job) -> None:
-    """Seed the global generators from the job alone, for detectors that use them."""
-    seed = int(job.key, 16) % 2**32
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - other packages' detectors read the global state
-    torch.manual_seed(seed)
+def _seed(job: Job) -> int:
+    """Of the global generators, for detectors that use them: from the job alone."""
+    return int(job.key, 16) % 2**32
 
 
-@contextlib.contextmanager
-def _own_draws(job: Job, device: str) -> Iterator[None]:
-    """Within it the global generators are those of the job alone, whatever drew from them before; afterwards as they were.
-
-    So scores that draw numbers are the same whether a model was trained by itself or in a stack.
-    """
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - as above
-    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
-        seed_everything(job)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+def _own_draws(job: Job, device: str) -> contextlib.AbstractContextManager[None]:
+    """Within it whatever draws numbers draws the job's own: scores are the same alone and in a stack that drew before."""
+    return seeded(_seed(job), [device] if device.startswith("cuda") else [])
 
 
 class Cell:
@@ -63,7 +47,7 @@ class Cell:
     """
 
     def __init__(self, job: Job, *, data_root: str | None, device: str) -> None:
-        seed_everything(job)
+        seed_all(_seed(job))
         self.job, self.device = job, device
         self.dataset = load_dataset(job.dataset, root=data_root, **job.data)
         self.split = make_split(self.dataset, job.protocol, job.category, job.seed, **job.sampling)

@@ -6,8 +6,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, takewhile
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +284,14 @@ def parse(words: Sequence[str]) -> Any:
     """
     from jsonargparse import ArgumentError
 
-    ordered = _configs_first(words)
+    configs, others = _without_configs(words)
     try:
-        for name in _configs_in(ordered):
-            _check_config(Path(name))
-        arguments = build_parser().parse_args(ordered)
-        _check_flags(arguments.command, arguments[arguments.command])
+        for path in configs:
+            _check_config(Path(path))
+        # Behind the command: the parser lets the later word win, wherever a config stood.
+        arguments = build_parser().parse_args([*others[:1], *(f"--config={path}" for path in configs), *others[1:]])
+        if configs:
+            _check_flags(arguments.command, arguments[arguments.command])
         return arguments
     except (ArgumentError, BenchError, RecursionError, OSError):
         raise
@@ -299,26 +301,19 @@ def parse(words: Sequence[str]) -> Any:
         ) from error
 
 
-def _configs_first(words: Sequence[str]) -> list[str]:
-    """`words` with their configs right behind the command: the parser lets the later word win, wherever a config stands."""
-    configs: list[str] = []
+def _without_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The paths of the configs that `words` name, and the other words."""
+    paths: list[str] = []
     others: list[str] = []
     rest = iter(words)
     for word in rest:
-        if word == "--config":
-            configs += [word, *islice(rest, 1)]
+        option, equals, path = word.partition("=")
+        value = path if equals else next(rest, None) if word == "--config" else None
+        if option == "--config" and value is not None:
+            paths.append(value)
         else:
-            (configs if word.startswith("--config=") else others).append(word)
-    return [*others[:1], *configs, *others[1:]]
-
-
-def _configs_in(ordered: Sequence[str]) -> Iterator[str]:
-    """The paths of the configs in words that `_configs_first` has put in order."""
-    for word, following in zip(ordered, [*ordered[1:], ""], strict=False):
-        if word == "--config":
-            yield following
-        elif word.startswith("--config="):
-            yield word.partition("=")[2]
+            others.append(word)
+    return paths, others
 
 
 def _check_config(path: Path) -> None:

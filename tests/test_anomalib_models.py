@@ -13,8 +13,9 @@ from conftest import blobs
 
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.config import Experiment, expand
-from ganomaly_plugin.detectors.anomalib_models import AnomalibDetector, is_download_error, seeded
+from ganomaly_plugin.detectors.anomalib_models import AnomalibDetector, is_download_error
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.selection import Selection, parse_selection
 
 PADIM: dict[str, Any] = {"pre_trained": False, "image_size": 32, "layers": ["layer1"], "n_features": 8}

@@ -12,14 +12,12 @@ import enum
 import functools
 import inspect
 import logging
-import random
 import tempfile
 import types
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, check_known, one_line
 from ganomaly_plugin.images import to_float
+from ganomaly_plugin.seeding import seeded
 
 if TYPE_CHECKING:
     from ganomaly_plugin.detectors.anomalib_data import AfterEpoch
@@ -224,21 +223,6 @@ def is_download_error(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """All of the global random states set from `seed` inside, and as before outside."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - anomalib's models draw from the global state
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -249,10 +249,8 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
                 broken = doubtful and _device_is_broken(str(record.environment["device"]))
                 if broken:
                     pipe.send(_BROKEN)
-                if (
-                    record.status == "done" or len(chunk) == 1 or not broken
-                ):  # else whose fault it was shows when each runs alone
-                    pipe.send(outcome)
+                if not broken or record.status == "done" or len(chunk) == 1:
+                    pipe.send(outcome)  # of several jobs, whose fault a failure was shows when each runs alone
                 if broken:
                     os._exit(1)
     except (EOFError, OSError):

@@ -69,7 +69,8 @@ class AnomalibEngine:
         """Run the Engine and return the model; without limits until a callback says stop."""
         detector: Any = make_detector("anomalib:Ganomaly", **self.options)  # imports anomalib, without its remarks
         from ganomaly_plugin.detectors.anomalib_data import ImagesInMemory, make_engine
-        from ganomaly_plugin.detectors.anomalib_models import quiet, seeded
+        from ganomaly_plugin.detectors.anomalib_models import quiet
+        from ganomaly_plugin.seeding import seeded
 
         with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors(), ExitStack() as training:
             model = detector._build()
