@@ -56,7 +56,8 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
                 raise TypeError("the parser takes None for any type")
         except (ArgumentError, OverflowError, TypeError, ValueError) as error:
             allowed = hints.get(key) or inspect.signature(cls).parameters[key].annotation
-            raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.") from error
+            hint = " Put a comma between two options." if isinstance(value, str) and re.search(r"\s\w+=", value) else ""
+            raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.{hint}") from error
         plain[key] = parsed[key]
     return plain
 

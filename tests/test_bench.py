@@ -217,6 +217,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "ae,", "vae"], "the values of an option: --models ganomaly,ae,vae."),
         (["run", "--seeds", 1, "--classes", 0, 1], "the values of an option: --classes 0,1."),
         (["run", "--data_root", "my", "data"], "one that has spaces: --data_root 'my data'."),
+        (["run", "--models", "ae[features=4 lr=1]"], "features must be int, got '4 lr=1'. Put a comma between two options."),
         (["run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
         (["run", "--dry-run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
         (["run", "--models", "ganomaly ae"], "Put commas between names, and no spaces: ganomaly,ae."),
