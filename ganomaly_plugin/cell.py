@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
@@ -27,11 +26,6 @@ REFERENCE_LIMIT = 2000  # training images scored for the threshold when a protoc
 def _seed(job: Job) -> int:
     """Of the global generators, for detectors that use them: from the job alone."""
     return int(job.key, 16) % 2**32
-
-
-def _own_draws(job: Job, device: str) -> contextlib.AbstractContextManager[None]:
-    """Within it whatever draws numbers draws the job's own: scores are the same alone and in a stack that drew before."""
-    return seeded(_seed(job), [device] if device.startswith("cuda") else [])
 
 
 class Cell:
@@ -78,10 +72,7 @@ class Cell:
 
     def outcome(self, fit_seconds: float) -> Outcome:
         """Score with the fitted detector and make the record."""
-        with _own_draws(self.job, self.device):
-            return self._outcome(fit_seconds)
-
-    def _outcome(self, fit_seconds: float) -> Outcome:
+        seed_all(_seed(self.job))  # scores are the same alone and in a stack that drew before
         job, split, detector = self.job, self.split, self.detector
         began = time.perf_counter()
         score = self.score(split.test)
@@ -163,8 +154,8 @@ class Oracle:
         if epoch == 1:
             self.aurocs, self.seconds = [], 0.0
         began = time.perf_counter()
-        images = self.cell.dataset.images[self.cell.split.test]
-        with _own_draws(self.cell.job, self.cell.device):
+        images, device = self.cell.dataset.images[self.cell.split.test], self.cell.device
+        with seeded(_seed(self.cell.job), [device] if device.startswith("cuda") else []):  # training goes on after it
             score = check_scores(detector.score(images), len(images), self.cell.name)
         self.aurocs.append(auroc(self.cell.split.is_anomaly, score))
         self.seconds += time.perf_counter() - began

@@ -84,6 +84,7 @@ class BreaksDevice(Sound):
 
     def _fit(self, images, **options):
         torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, _broken
+        torch.set_rng_state = torch.cuda.set_rng_state = _broken  # generators of a GPU are not restored then
         _broken()
 
 
