@@ -184,7 +184,7 @@ def check_told(name: str, cls: type, hparams: dict[str, Any], told: Mapping[str,
 
 def _agree(one: Any, other: Any) -> bool:
     """Whether two values are one in a record, 1 and 1.0 alike; yes for an `other` that none can hold: the job's key says so."""
-    return recorded_text(other) is None or bool(as_recorded(one) == as_recorded(other))
+    return recorded_text(other) is None or (recorded_text(one) is not None and as_recorded(one) == as_recorded(other))
 
 
 def check_remade(name: str, key: str, value: Any, again: Any) -> None:

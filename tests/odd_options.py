@@ -86,6 +86,13 @@ class Forgets(Sound):
         super().__init__(abs(power))
 
 
+class InArrays(Bare):
+    """Tells an option as an array, which no record can hold."""
+
+    def __init__(self, weights: list[float] = [1.0]) -> None:  # noqa: B006
+        self.hparams = {"weights": np.asarray(weights)}
+
+
 class Method(Bare):
     def hparams(self):
         return {}
