@@ -19,6 +19,8 @@ from ganomaly_plugin.training.stacked import why_not_stackable
 #: What `--trainer` may be: "stacked" as the device likes it best, or in a way that is named.
 TRAINERS = ("auto", "plain", "compiled", "stacked", *WAYS)
 MOST = 64  # models in a stack, unless the user says otherwise; what a device holds may be fewer
+_ALONE = "no other of the same data and settings is to be trained with it"
+_APART = "--stack, or the number of workers, leaves them no other to be trained with"
 
 
 def stack_key(job: Job) -> str:
@@ -100,7 +102,11 @@ class Stacking:
         reasons = {job.label or job.detector: why(job) for job in jobs}
         said = [f"{name} is trained by the plain trainer: {reason}" for name, reason in reasons.items() if reason is not None]
         if self.trainer == "stacked":  # a way that is named is taken for a job alone, too
-            alone = Counter(job.label or job.detector for job, *others in self.chunks(jobs) if not others and not why(job))
-            none = "no other of the same data and settings is to be trained with it"
-            said += [f"{name}: the plain trainer for {count} of its jobs, since {none}" for name, count in alone.items()]
+            of_a_kind = Counter(map(stack_key, jobs))
+            alone = Counter(
+                (job.label or job.detector, _APART if of_a_kind[stack_key(job)] > 1 else _ALONE)
+                for job, *others in self.chunks(jobs)
+                if not others and not why(job)
+            )
+            said += [f"{name}: the plain trainer for {n} of its jobs, since {reason}" for (name, reason), n in alone.items()]
         return said
