@@ -87,7 +87,7 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
     its numbers depend on what else there is to do by rounding only.
     """
     left = list(chunk)
-    if len(chunk) > 1 or (settings.how is not None and why_alone(chunk[0]) is None):
+    if len(chunk) > 1 or (settings.how is not None and _stacks(chunk[0])):
         try:
             for outcome in _run_stack(chunk, settings):
                 left.remove(outcome.record.job)
@@ -100,6 +100,13 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
                 make_room(error)
     for job in left:
         yield run_job(job, settings)
+
+
+def _stacks(job: Job) -> bool:
+    try:
+        return why_alone(job) is None
+    except Exception:  # its detector cannot be made here, as its record will say
+        return False
 
 
 def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:

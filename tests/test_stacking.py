@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,6 +67,9 @@ def test_what_cannot_be_stacked_is_told() -> None:
     assert Stacking("stacked").remarks(four) == [
         f"{name}: the plain trainer for 1 of its jobs, {none}" for name in ("ae", "vae")
     ]
+    for apart in (Stacking("stacked", most=1), Stacking("stacked", workers=2)):
+        (said,) = apart.remarks([job("ae"), job("ae", seed=1)])
+        assert said.startswith("ae: the plain trainer for 2 of its jobs, since --stack, or the number of workers, leaves")
     assert not Stacking("stacked-matmul").remarks(four) and not Stacking("auto", on_gpu=True).remarks(four)
     assert Stacking("stacked-matmul").stacks and Stacking("stacked-matmul").how == "matmul" and Stacking("stacked").how is None
     with pytest.raises(InvalidInput, match="Did you mean 'stacked'"):
@@ -164,6 +168,12 @@ def test_a_model_that_is_too_large_for_a_stack_is_trained_as_by_the_plain_traine
     assert code == 0 and said.count("2 models do not fit into the memory of cpu; going on in halves") == 1
     assert said.count("a stack of one does not fit into the memory of cpu; going on as the plain trainer") == 2
     assert {r.notes["describe"]["stacked_by"] for r in Store(tmp_path / "out").records()} == {"turns"}
+
+
+def test_a_detector_that_cannot_be_made_fails_its_own_job_in_a_named_way_too() -> None:
+    missing = dataclasses.replace(jobs("pca")[0], detector="nowhere:Boom")
+    (outcome,) = run_chunk((missing,), Settings(device="cpu", how="matmul"))
+    assert outcome.record.status == "failed" and "Cannot import detector 'nowhere:Boom'" in str(outcome.record.error)
 
 
 def test_a_way_that_is_named_is_that_of_a_job_alone_too(bench, tmp_path: Path) -> None:
