@@ -149,7 +149,7 @@ def resolve(kind: str, name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
         todo = ""
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):  # not one that it imports
             entry = known.get(family + colon if in_family else name)
             todo = f" Install {entry.source} anew, which registers it." if entry else _ON_PATH
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.{todo}") from error

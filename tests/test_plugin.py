@@ -123,6 +123,17 @@ def test_a_package_that_cannot_be_imported_is_named(code: str, reason: str, tmp_
     with pytest.raises(InvalidInput, match="Cannot import detector 'broken_one'") as caught:
         make_detector("broken_one")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert "anew" not in str(caught.value)
+    with pytest.raises(InvalidInput, match="Cannot import") as caught:  # nor is the folder missing on PYTHONPATH
+        make_detector("broken_module:Detector")
+    assert "PYTHONPATH" not in str(caught.value)
+
+
+def test_a_package_that_is_gone_is_to_be_installed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "gone-pack", "gone_one", "gone_package.module:Detector")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidInput, match=r"No module named 'gone_package'.*Install gone-pack anew"):
+        make_detector("gone_one")
 
 
 def jobs(name: str, **options):
@@ -173,6 +184,7 @@ def test_a_detector_with_an_enum_runs(bench, tmp_path: Path):
         ("Forgets", "sign=2", "does not return the option sign in its hparams as 2, and would be run without it; add it there"),
         ("Forgets", "betas=[0.1,0.9]", "does not return the option betas in its hparams as [0.1, 0.9]"),
         ("Forgets", "power=-3", "does not return the option power in its hparams as -3.0, but 3.0; return it there"),
+        ("InArrays", "weights=[1.0,3.0]", "its hparams as [1.0, 3.0], but array([1., 3.]); return it there"),
         ("Method", "", "its hparams is a method, not a dict. Make it a property that returns one"),
         ("Raises", "", "its hparams cannot be read: AttributeError: 'Raises' object has no attribute 'no_such_thing'"),
         ("LeavesLater", "", "its hparams cannot be read: SystemExit: 0"),
