@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documentation import ROOT
+from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_measures import fill, outcome
 from test_results import failed
@@ -178,6 +179,14 @@ def test_names_that_no_font_has_are_said(tmp_path: Path, capsys: pytest.CaptureF
         save(figure, tmp_path / "a.png")
     said = capsys.readouterr().err
     assert "a.png: no font here has \U0010fffd, which are boxes there. Install one" in said and said.count("\n") == 1
+
+
+def test_other_warnings_of_a_figure_are_passed_on(tmp_path: Path) -> None:
+    with styled(PAPER):
+        figure = Figure(figsize=(0.3, 0.3), layout="constrained")
+        figure.subplots(3, 3)[0, 0].set_ylabel("a long label")
+        with pytest.warns(UserWarning, match="axes sizes collapsed to zero"):
+            save(figure, tmp_path / "a.png")
 
 
 def test_what_plots_refuse(sweep: Path, bench, tmp_path: Path) -> None:

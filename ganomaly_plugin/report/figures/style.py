@@ -191,7 +191,12 @@ def save(figure: Figure, path: Path) -> None:
         warnings.filterwarnings("always", _MISSING)
         figure.savefig(buffer, format=form, dpi=DPI, metadata=undated[form])
     atomic_write(path, buffer.getvalue())
-    missing = {chr(int(match[1])) for each in caught if (match := re.match(r"Glyph (\d+)", str(each.message)))}
+    missing = set()
+    for each in caught:
+        if match := re.match(r"Glyph (\d+)", str(each.message)):
+            missing.add(chr(int(match[1])))
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     if missing:
         said = f"{path}: no font here has {' '.join(sorted(missing))}, which are boxes there"
         print(f"{said}. Install one that has, such as {_OTHERS[0]}.", file=sys.stderr)
