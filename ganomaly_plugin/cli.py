@@ -317,7 +317,9 @@ def _without_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_config(path: Path) -> None:
-    """Raise InvalidInput for a config that is no mapping of options; what else is wrong with it the parser says."""
+    """Raise InvalidInput for a config that is not there or no mapping of options; what else is wrong the parser says."""
+    if not os.access(path, os.F_OK) or path.is_dir():  # as is the text of a config itself
+        raise InvalidInput(f"No config file at {' '.join(str(path).split())[:300]}. Give the path of a YAML file.")
     if not path.is_file():
         return
     try:
@@ -375,9 +377,6 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     wrong = re.search(r'Parser key "([\w.]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', text)
     if wrong:
         return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}."
-    missing = re.search(r"File does not exist: '([^']+)'", text)
-    if missing:
-        return f"No config file at {missing[1]}. Give the path of a YAML file."
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."
 
 

@@ -224,6 +224,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "pca", "--datasets", "folder:a [b]"], 'stands in double quotes: "folder:a [b]".'),
         (["run", "--models", "nowhere:Boom"], "Put the folder that it is in on PYTHONPATH"),
         (["run", "--config", "no.yaml"], "no.yaml. Give the path of a YAML file"),
+        (["run", "--config", "models: ae\nclasses: 0" + 300 * " "], "No config file at models: ae classes: 0"),
         (["tables", "no_folder"], "not a results folder"),
         (["ls", "nothing*"], "Nothing is called"),
         (["verify", "none.npz"], "No recording at none.npz"),
