@@ -216,7 +216,8 @@ def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> 
     networks = list(getattr(detector, "networks_", {}).values()) or [getattr(detector, "model_", torch.nn.Module())]
     weights = sum(t.nbytes for net in networks for t in [*net.parameters(), *net.buffers()])
     work = count_work(lambda: detector.score(images[:1]))
-    at_once = len(images) if device.type == "cuda" else SCORE_CHUNK  # on a CPU more of them take no more, and long to watch
+    on_cpu = max(SCORE_CHUNK, selection.options.get("batch_size") or 0)  # more of them take no more, and long to watch
+    at_once = len(images) if device.type == "cuda" else on_cpu
     fields = {
         "what": "scoring",
         "detector": show(selection.name, selection.options),
