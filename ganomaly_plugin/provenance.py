@@ -46,7 +46,7 @@ def git_state() -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent:
             return {}  # installed inside somebody else's repository
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "ganomaly_plugin"))}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
         return {}
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ganomaly_plugin import provenance
 from ganomaly_plugin.cli import COMMANDS, main
 from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.escape import latex_escape
-from ganomaly_plugin.provenance import without_folders
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
 from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, to_text, write_tables
@@ -519,5 +519,22 @@ def test_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     ],
 )
 def test_a_record_names_no_folders_of_its_machine(word: str, kept: str) -> None:
-    assert without_folders(word) == kept
-    assert without_folders(str(Path.cwd() / "out" / "x")) == "out/x"
+    assert provenance.without_folders(word) == kept
+    assert provenance.without_folders(str(Path.cwd() / "out" / "x")) == "out/x"
+
+
+def test_a_record_tells_of_an_edited_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "ganomaly_plugin"
+    package.mkdir()
+    (package / "provenance.py").write_text("as committed\n")
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "One")):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    (tmp_path / "README.md").write_text("beside the package\n")
+    assert provenance.git_state.__wrapped__()["dirty"] is False
+    (package / "provenance.py").write_text("edited\n")
+    assert provenance.git_state.__wrapped__()["dirty"] is True
+    (tmp_path / "site-packages" / "ganomaly_plugin").mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "site-packages" / "ganomaly_plugin" / "provenance.py"))
+    assert provenance.git_state.__wrapped__() == {}  # of somebody else's repository nothing is told
