@@ -7,7 +7,8 @@ import gc
 import io
 import json
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,10 +109,9 @@ class Store:
             ):
                 if arrays:
                     path.parent.mkdir(exist_ok=True)
-                    buffer = io.BytesIO()
-                    np.savez_compressed(buffer, allow_pickle=False, **dict(arrays))
-                    atomic_write(path, buffer.getvalue())
-                    files[kind] = file_digest(buffer.getvalue())
+                    content = _npz(arrays)
+                    atomic_write(path, content)
+                    files[kind] = file_digest(content)
             atomic_write(self.record_path(job), sealed(replace(outcome.record, files=files).to_dict()))
         except OSError as error:
             raise CannotStore(
@@ -192,6 +192,20 @@ def without_collections() -> Iterator[None]:
 _MEND = "Mend its permissions or its disk; nothing else is known to be wrong with it."
 
 
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """`arrays` as the content of an `.npz` file, compressed, without pickling: `np.savez` does that from NumPy 2.2 on only.
+
+    Raises:
+        ValueError: One holds objects.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -> dict[str, np.ndarray]:
     """The arrays in the `.npz` file `path`, read without unpickling; `digest` is its sha256, None: not known."""
     todo = f"Delete {record_path} and run again."
@@ -205,7 +219,8 @@ def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -
         raise CorruptFile(f"The {kind} {path} are damaged, or not those of their record. {todo}")
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            # Before NumPy 2.2, `np.savez(..., allow_pickle=False)` stored an array of that name.
+            return {name: archive[name] for name in archive.files if name != "allow_pickle"}
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged archive
         raise CorruptFile(f"The {kind} {path} are damaged ({type(error).__name__}). {todo}") from error
 

@@ -325,3 +325,25 @@ def test_a_release_leaves_the_heirs_claim_alone(tmp_path: Path) -> None:
         path.write_text(heir)
         mine.release(JOB)
         assert path.read_text() == heir
+
+
+def test_arrays_are_stored_under_their_own_names_alone(tmp_path: Path) -> None:
+    made = outcome("a")
+    with np.load(fill(tmp_path, [made]).scores_path(made.record.job)) as stored:  # as any version of NumPy writes it
+        assert stored.files == list(made.arrays)
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        fill(tmp_path, [Outcome(made.record, {"score": np.array([object()])})])
+
+
+def test_a_folder_written_with_an_older_numpy_is_merged(tmp_path: Path, bench) -> None:
+    """There `np.savez(..., allow_pickle=False)` stored an array of that name."""
+    made = outcome("a")
+    stray = {"allow_pickle": np.array(False), **made.arrays}
+    store = fill(tmp_path / "old", [Outcome(made.record, stray)])
+    with np.load(store.scores_path(made.record.job)) as stored:
+        assert "allow_pickle" in stored.files
+    fill(tmp_path / "other", [outcome("b")])
+    code, _, stderr = bench("merge", tmp_path / "old", tmp_path / "other", "--out", tmp_path / "new")
+    assert code == 0, stderr
+    merged = Store(tmp_path / "new").scores(made.record.job)
+    assert merged.keys() == made.arrays.keys() and np.array_equal(merged["score"], made.arrays["score"])
