@@ -153,7 +153,7 @@ class Store:
         """Likewise, with the labels that they were stored with, whatever else is in the folder."""
         with without_collections():
             paths = sorted(self.records_dir.glob("*.json"), key=lambda path: path.name)
-            return [read_record(path) for path in paths]
+            return [read_record(path) for path in paths if not path.name.startswith(".")]  # ._NAME is a system's own
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
         """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.

@@ -347,3 +347,11 @@ def test_a_folder_written_with_an_older_numpy_is_merged(tmp_path: Path, bench) -
     assert code == 0, stderr
     merged = Store(tmp_path / "new").scores(made.record.job)
     assert merged.keys() == made.arrays.keys() and np.array_equal(merged["score"], made.arrays["score"])
+
+
+def test_files_that_a_system_hides_beside_records_are_passed_over(tmp_path: Path, bench) -> None:
+    """Such as `._NAME` of macOS, on disks of other systems."""
+    store = fill(tmp_path, [outcome("a")])
+    path = store.record_path(outcome("a").record.job)
+    path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    assert len(store.records()) == 1 and bench("tables", tmp_path)[0] == 0
