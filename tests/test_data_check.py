@@ -97,6 +97,20 @@ def test_unknown_names_are_errors(tmp_path: Path) -> None:
         check("digits", tmp_path, side=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("emnist[split=foo]", "Unknown EMNIST split 'foo'. Known: balanced, "),
+        ("cifar100[labels=foo]", "Unknown kind of CIFAR-100 labels 'foo'. Known: coarse, fine."),
+    ],
+)
+def test_unknown_parts_of_a_set_are_said_in_one_line(bench, name: str, said: str) -> None:
+    for command in ("ls", "check", "get"):
+        code, out, err = bench("data", command, name)
+        assert code != 0 or command == "ls"
+        assert said in out + err and (out + err).count("\n") == 1
+
+
 def test_digits_need_no_files(tmp_path: Path) -> None:
     assert describe("digits", tmp_path)["counts"]["all"]["0"] == 178
     assert check("digits", tmp_path).images == 1797

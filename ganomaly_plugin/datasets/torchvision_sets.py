@@ -21,7 +21,7 @@ from ganomaly_plugin.datasets.base import ROOT_VARIABLE, ImageDataset, resize
 from ganomaly_plugin.datasets.cache import cache_folder, remembered_digests
 from ganomaly_plugin.datasets.formats import READERS, Part, unpacked
 from ganomaly_plugin.datasets.torchvision_table import Layout, TorchvisionSet
-from ganomaly_plugin.errors import CorruptFile, InvalidInput, check_known, one_line
+from ganomaly_plugin.errors import CorruptFile, InvalidInput, one_line
 from ganomaly_plugin.files import locked
 
 _STALL_SECONDS = 20  # without network a download gives up after this
@@ -53,7 +53,6 @@ def emnist(*, root: Path, image_size: int = 32, split: str = "balanced") -> Imag
         split: torchvision's names: "balanced" (47 classes, the default: as many images of each), "byclass" (62),
             "bymerge" (47), "letters" (26), "digits" or "mnist" (10).
     """
-    check_known("EMNIST split", split, table.EMNIST_CLASSES)
     return load_set(table.emnist(split), root, image_size)
 
 
@@ -65,12 +64,15 @@ def cifar100(*, root: Path, image_size: int = 32, labels: str = "fine") -> Image
         image_size: Side of the images, pixels.
         labels: "fine" (100 classes) or "coarse" (20, as one-class papers use).
     """
-    check_known("kind of CIFAR-100 labels", labels, table.CIFAR100_CLASSES)
     return load_set(table.cifar100(labels), root, image_size)
 
 
 def set_of(name: str, **options: Any) -> TorchvisionSet | None:
-    """The table's entry for a registered name and its options; None for a data set that is not torchvision's."""
+    """The table's entry for a registered name and its options; None for a data set that is not torchvision's.
+
+    Raises:
+        InvalidInput: An option is not allowed.
+    """
     if name == "emnist":
         return table.emnist(options.get("split", "balanced"))
     if name == "cifar100":

@@ -6,6 +6,8 @@ import string
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ganomaly_plugin.errors import check_known
+
 Form = Literal["idx", "idx-transposed", "cifar-python", "cifar-binary", "svhn", "stl10"]
 
 
@@ -123,7 +125,12 @@ def _mnist_like(name: str, folder: str, classes: tuple[str, ...]) -> Torchvision
 
 
 def emnist(split: str) -> TorchvisionSet:
-    """EMNIST's part `split`, one of `EMNIST_CLASSES`."""
+    """EMNIST's part `split`.
+
+    Raises:
+        InvalidInput: It is none of `EMNIST_CLASSES`.
+    """
+    check_known("EMNIST split", split, EMNIST_CLASSES)
     files = _idx_files("EMNIST", f"emnist-{split}-train", f"emnist-{split}-test")
     first_label = 1 if split == "letters" else 0
     layout = Layout("idx-transposed", files, {"first_label": first_label})
@@ -131,7 +138,12 @@ def emnist(split: str) -> TorchvisionSet:
 
 
 def cifar100(labels: str) -> TorchvisionSet:
-    """CIFAR-100 with its "fine" or "coarse" labels."""
+    """CIFAR-100 with its "fine" or "coarse" labels.
+
+    Raises:
+        InvalidInput: `labels` is neither.
+    """
+    check_known("kind of CIFAR-100 labels", labels, CIFAR100_CLASSES)
     layouts = (
         Layout("cifar-python", ("cifar-100-python/train", "cifar-100-python/test"), {"label_key": f"{labels}_labels"}),
         Layout(
