@@ -45,7 +45,8 @@ from faulty_detectors import (
 
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.conformance import CHECKS, CheckResult, run_checks
-from ganomaly_plugin.conformance.subject import Subject, global_rng_states
+from ganomaly_plugin.conformance.checks_results import seed_repeats
+from ganomaly_plugin.conformance.subject import Exempt, Subject, global_rng_states
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.registry import DETECTORS
@@ -197,6 +198,13 @@ def test_the_suite_gives_the_callers_random_state_back(name):
     before = global_rng_states()
     answers(f"faulty_detectors:{name}")
     assert global_rng_states() == before
+
+
+def test_seeds_are_not_held_to_the_cpus_promise_where_auto_is_cuda(monkeypatch):
+    subject = Subject("mean_intensity", {}, "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Exempt, match="on the CPU only"):
+        seed_repeats(subject)
 
 
 @pytest.mark.parametrize(

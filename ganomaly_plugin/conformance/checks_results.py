@@ -25,6 +25,7 @@ from ganomaly_plugin.conformance.subject import (
     seed_global_rngs,
 )
 from ganomaly_plugin.core import canonical_json
+from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.metrics import auroc, check_scores
 from ganomaly_plugin.registry import entries, load_detector, make_detector
 
@@ -83,7 +84,7 @@ def score_ignores_batch(subject: Subject) -> str:
 
 def seed_repeats(subject: Subject) -> str:
     """The same seed gives the same scores on the CPU."""
-    if torch.device(subject.device if subject.device != "auto" else "cpu").type != "cpu":
+    if resolve_device(subject.device).type != "cpu":
         raise Exempt("equal scores are promised on the CPU only")
     again = subject.fit(subject.train.copy()).score(subject.test.copy())
     expect_equal(subject.scores, again, "the same seed again", tolerance=1e-6)
