@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from ganomaly_plugin.errors import InvalidInput
 
 COMBINED = "combined"
+ROUNDING = 1e-12  # of the largest of some scores: by less they do not differ
 SCORE_PREFIX, REFERENCE_PREFIX = "score.", "reference_score."  # of named scores among the arrays of a job
 
 
@@ -100,6 +101,12 @@ def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
     return float(false_positive[k - 1] + share * (false_positive[k] - false_positive[k - 1]))
 
 
+def deviation(score: np.ndarray) -> float:
+    """The standard deviation of scores; 1 where they differ by rounding alone, which is nothing to scale others with."""
+    found = float(score.std())
+    return found if found > ROUNDING * np.abs(score).max() else 1.0
+
+
 def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a job stores of its named scores: those of the test and reference images, and all of them combined.
 
@@ -108,9 +115,9 @@ def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndar
     if not test:
         return {}
     if COMBINED not in test:
-        scales = {name: (values.mean(), values.std() or 1.0) for name, values in reference.items()}
+        scales = {name: (values.mean(), deviation(values)) for name, values in reference.items()}
         test, reference = (
-            {**scores, COMBINED: np.mean([(scores[k] - mean) / deviation for k, (mean, deviation) in scales.items()], axis=0)}
+            {**scores, COMBINED: np.mean([(scores[k] - mean) / spread for k, (mean, spread) in scales.items()], axis=0)}
             for scores in (test, reference)
         )
     return {SCORE_PREFIX + k: v for k, v in test.items()} | {REFERENCE_PREFIX + k: v for k, v in reference.items()}

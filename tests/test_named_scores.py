@@ -73,6 +73,13 @@ def test_combined_by_hand():
     assert named_arrays({}, {}) == {}
 
 
+def test_rounding_is_no_spread():
+    reference = {"a": np.array([0.1] * 3)}  # their deviation is 1.4e-17
+    assert reference["a"].std() > 0
+    assert named_arrays({"a": np.array([0.6])}, reference)["score.combined"] == pytest.approx([0.5])
+    assert named_arrays({"a": np.array([3e-20])}, {"a": np.array([0, 2e-20])})["score.combined"] == pytest.approx([2.0])
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     from ganomaly_plugin.cli import main

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures import FIGURES
 from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
 from ganomaly_plugin.report.figures.epochs import choices, table
-from ganomaly_plugin.report.figures.histograms import binned
+from ganomaly_plugin.report.figures.histograms import binned, standardised
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
 from ganomaly_plugin.report.figures.sheets import FRAME, sheets
@@ -102,6 +103,13 @@ def test_histograms_lose_no_image() -> None:
     edges, normal, anomalous = binned(rng.normal(size=500), np.r_[rng.normal(3, 1, 99), 1e6])
     assert normal.sum() == pytest.approx(1) and anomalous.sum() == pytest.approx(1) and edges[-1] < 10
     assert binned(np.zeros(5), np.zeros(5))[1].sum() == 1
+
+
+def test_histograms_take_no_rounding_for_a_scale() -> None:
+    arrays = {"reference_score": np.array([0.1] * 3), "score": np.array([0.1, 0.6]), "is_anomaly": np.array([False, True])}
+    assert arrays["reference_score"].std() > 0
+    group = SimpleNamespace(jobs=lambda detector: [None], arrays=lambda record: arrays)
+    assert standardised(group, "any")[1] == pytest.approx([0.5])
 
 
 def test_short_names_keep_what_tells_detectors_apart() -> None:

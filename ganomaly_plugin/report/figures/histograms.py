@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ganomaly_plugin.metrics import ROUNDING, deviation
 from ganomaly_plugin.report.figures.legend import clip, remark
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
@@ -24,8 +25,9 @@ def standardised(group: Group, detector: str) -> tuple[np.ndarray, np.ndarray]:
     normal, anomalous = [], []
     for record in group.jobs(detector):
         arrays = group.arrays(record)
-        low, middle, high = np.percentile(arrays["reference_score"], [25, 50, 75])
-        scale = (high - low) or float(arrays["reference_score"].std()) or 1.0
+        reference = arrays["reference_score"]
+        low, middle, high = np.percentile(reference, [25, 50, 75])
+        scale = high - low if high - low > ROUNDING * np.abs(reference).max() else deviation(reference)
         score = (arrays["score"] - middle) / scale
         normal.append(score[~arrays["is_anomaly"]])
         anomalous.append(score[arrays["is_anomaly"]])
