@@ -111,6 +111,13 @@ def test_an_unknown_layout_is_explained(tmp_path: Path, made: list[str], said: s
         load(tmp_path / "f", tmp_path)
 
 
+def test_a_home_that_is_not_there_is_said_in_one_line(bench) -> None:
+    for command in ("check", "ls"):
+        code, out, err = bench("data", command, "folder:~nouser/x")
+        assert code != 0 or command == "ls"
+        assert "~nouser/x" in out + err and "Write the folder out." in out + err and (out + err).count("\n") == 1
+
+
 @pytest.mark.parametrize("options", [{"fit": "stretch"}, {"channels": 2}, {"on_bad_image": "ignore"}, {"defects": "all"}])
 def test_options_are_checked(tmp_path: Path, options: dict[str, object]) -> None:
     authors(tmp_path / "f")

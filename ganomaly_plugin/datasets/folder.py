@@ -72,7 +72,10 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     """
     if defects not in ("together", "each"):
         raise InvalidInput(f"defects must be together or each, got {defects!r}.")
-    base = Path(path).expanduser()
+    try:
+        base = Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidInput(f"There is no home folder {Path(path).parts[0]} for folder:{path}. Write the folder out.") from error
     if not base.is_dir() and (root / base).is_dir():
         base = root / base
     if not base.is_dir():
