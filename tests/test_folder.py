@@ -118,6 +118,16 @@ def test_a_home_that_is_not_there_is_said_in_one_line(bench) -> None:
         assert "~nouser/x" in out + err and "Write the folder out." in out + err and (out + err).count("\n") == 1
 
 
+def test_a_plain_pair_beside_a_train_folder_is_a_plain_pair(tmp_path: Path) -> None:
+    for k in range(10):
+        save(tmp_path / f"f/good/{k}.png", k)
+        save(tmp_path / f"f/bad/{k}.png", 200 + k)
+    save(tmp_path / "f/train/notes/0.png")
+    dataset = load(tmp_path / "f", tmp_path)
+    assert dataset.is_test is None and len(dataset.images) == 20
+    assert make_split(dataset, "one-anomalous/strict-v1", "anomaly", 0).is_anomaly.sum() == 2
+
+
 @pytest.mark.parametrize("options", [{"fit": "stretch"}, {"channels": 2}, {"on_bad_image": "ignore"}, {"defects": "all"}])
 def test_options_are_checked(tmp_path: Path, options: dict[str, object]) -> None:
     authors(tmp_path / "f")

@@ -99,7 +99,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
         files += images
         if kind is not None:
             counts[kind] += len(images)
-    official = (base / "train").is_dir()
+    official = all(folder.parent != base for _, _, folder in found)  # a plain pair says nothing of parts
     return Listing(
         f"folder:{path}",
         base,
