@@ -55,7 +55,7 @@ def _print_section(title: str, lines: dict[str, str]) -> bool:
 def experiment_from(options: Any) -> Any:
     """The `Experiment` of `bench run`'s options: the quickstart unless --config or --datasets is given."""
     from ganomaly_plugin.config import Experiment, check_keys
-    from ganomaly_plugin.trust import check_class_paths, check_out, on_command_line
+    from ganomaly_plugin.trust import check_class_paths, check_out, check_own_words, on_command_line
 
     given = {key: value for key, value in vars(options).items() if value is not None}
     configs, words, trusted = given.pop("config", None), given.pop("words", []), given.pop("trust", [])
@@ -63,6 +63,8 @@ def experiment_from(options: Any) -> Any:
         check_keys(str(config))
     if trusted and not on_command_line("--trust", words):
         raise InvalidInput("trust is for the command line, not for a config. Leave it out there, and write --trust MODULE.")
+    if configs:
+        check_own_words(given, words)
     if configs and "out" in given and not on_command_line("--out", words):
         check_out(str(given["out"]), map(str, configs))
     if configs and given.get("slurm_folder") and not on_command_line("--slurm-folder", words):

@@ -1,15 +1,16 @@
 """What a config file may make `bench run` do that its user did not write: no code of its choice, and no folder of its choice.
 
 A config travels: it is downloaded, mailed, published. The command line is the user's own word. So a class path that a config
-names is imported only when the command line names its module too, and a folder that a config writes to lies below the
-working directory or the config's own. Registered names, `anomalib:NAME` and anomalib's own class paths need no trust: they
-stand for code that is installed under a name that its package chose.
+names is imported only when the command line names its module too, and a folder that a config writes to lies below the working
+directory or the config's own. Which cluster is dialled, and what sbatch is told, the command line says alone. Registered
+names, `anomalib:NAME` and anomalib's own class paths need no trust: they stand for code that is installed under a name that
+its package chose.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ganomaly_plugin.errors import InvalidInput
@@ -40,6 +41,20 @@ def check_class_paths(kind: str, names: Iterable[str], trusted: Iterable[str], w
             raise InvalidInput(
                 f"The config names the class path {name!r}, and a config imports nothing by itself. If you trust that code, "
                 f"add --trust {module}."
+            )
+
+
+#: Options of `bench run` that no config sets: a host that jobs and their code are sent to, and lines of a script.
+NEVER_FROM_CONFIG = ("address", "sbatch")
+
+
+def check_own_words(given: Mapping[str, object], words: Sequence[str]) -> None:
+    """Raise InvalidInput when one of `NEVER_FROM_CONFIG` is `given`, and not by the `words` of the command line."""
+    for name in NEVER_FROM_CONFIG:
+        if name in given and not on_command_line(f"--{name}", words):
+            raise InvalidInput(
+                f"The config's {name} is {given[name]!r}; a config says neither which host is dialled nor what sbatch is told. "
+                f"Give --{name} on the command line."
             )
 
 

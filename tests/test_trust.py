@@ -21,6 +21,7 @@ from ganomaly_plugin.checkpoints import load_authors_checkpoint
 from ganomaly_plugin.core import Job, Outcome
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput
 from ganomaly_plugin.escape import printable
+from ganomaly_plugin.executors.choose import Where
 from ganomaly_plugin.hparams import checked_hparams
 from ganomaly_plugin.integrity import sealed
 from ganomaly_plugin.report.frame import runs_frame
@@ -198,6 +199,28 @@ def test_a_config_writes_nowhere_else(tmp_path: Path, bench, monkeypatch: pytest
     code, _, stderr = bench("run", "--config", config, "--dry-run")
     assert code == 2 and "The config's slurm_folder is '/elsewhere'" in stderr
     assert "The config's" not in bench("run", "--config", config, "--slurm_folder", "/elsewhere", "--dry-run")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("address", "127.0.0.1:1"), ("sbatch", "account=x"), ("sbatch", "'comment=\"x\\ntouch ran #\"'")]
+)
+def test_what_sbatch_is_told_and_which_host_is_dialled_is_for_the_command_line(bench, name: str, value: str) -> None:
+    executor = {"address": "ray", "sbatch": "slurm"}[name]
+    Path("sweep.yaml").write_text(f"models: [mean_intensity]\nexecutor: {executor}\n{name}: {value}\n")
+    code, _, stderr = bench("run", "--config", "sweep.yaml", "--dry-run")
+    assert code == 2 and f"Give --{name} on the command line" in stderr and stderr.count("\n") == 1, stderr
+    if "touch" not in value:
+        assert bench("run", "--config", "sweep.yaml", f"--{name}", value, "--executor", executor, "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("partition", "x\nid"), ("memory", "1G\nid"), ("slurm_folder", "s\nid"), ("sbatch", "a=x\nid"), ("sbatch", 'a="x\\nid"')],
+)
+def test_no_option_of_slurm_writes_a_line_of_its_script(name: str, value: str) -> None:
+    with pytest.raises(InvalidInput, match=f"--{name.replace('_', '-')} .*control character.* got .*id") as error:
+        Where(executor="slurm", **{name: value})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", "..", "", "a\0b", "é" * 300, "CON", "-rf", "a\nb"])

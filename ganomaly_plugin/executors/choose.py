@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,8 @@ class Where:
             if name not in TAKES[self.kind]:
                 takers = [kind for kind, options in TAKES.items() if name in options]
                 raise InvalidInput(f"{_flag(name)} is for --executor {_either(takers)}, not {self.kind}. Leave one out.")
+        for name in self._given():
+            check_line(_flag(name), getattr(self, name))
         smallest_of = {
             "workers": 1,
             "jobs_per_device": 1,
@@ -119,6 +122,9 @@ class Where:
         from ganomaly_plugin.executors.slurm import Resources, minutes_of
         from ganomaly_plugin.selection import parse_options
 
+        more = parse_options(self.sbatch) if self.sbatch else {}
+        for value in more.values():
+            check_line("--sbatch", value)
         return Resources(
             partition=self.partition,
             minutes=None if self.time is None else minutes_of(str(self.time)),
@@ -126,7 +132,7 @@ class Where:
             gpus=int(self.gpus_per_job) if self.gpus_per_job else None,
             cpus=int(self.cpus_per_job) if self.cpus_per_job else None,
             parallel=self.max_parallel,
-            more=parse_options(self.sbatch) if self.sbatch else {},
+            more=more,
         )
 
     @property
@@ -149,6 +155,12 @@ class Where:
             )
         if self.devices is not None and device not in ("auto", "cuda"):
             raise InvalidInput(f"--devices chooses GPUs, --device says {device}. Leave one of them out.")
+
+
+def check_line(flag: str, value: object) -> None:
+    """Raise InvalidInput for text with a control character: a line end would begin a line of its own in SLURM's script."""
+    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+        raise InvalidInput(f"{flag} takes no line end or other control character, got {value!r}. Leave it out.")
 
 
 def _flag(name: str) -> str:
