@@ -36,6 +36,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
+def storable(text: str) -> str:
+    """`text` for a record: bytes of a file name that are no text in UTF-8 become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def latex_escape(text: str) -> str:
     """`text` as LaTeX prints it in its default set-up, which has Latin letters and their accents; others by number: U+88C2."""
     return "".join(map(_latex_char, unicodedata.normalize("NFC", text)))

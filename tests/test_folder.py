@@ -521,6 +521,22 @@ def test_folder_names_that_are_no_text_are_refused(tmp_path: Path, bench) -> Non
     assert code == 2 and "The folder name l?cher is no text in UTF-8" in err and not (tmp_path / "out").exists()
 
 
+def test_a_bad_file_whose_name_is_no_text_is_skipped(tmp_path: Path, bench) -> None:
+    base, out = mvtec(tmp_path / "f"), tmp_path / "out"
+    broken = os.fsdecode(b"M\xfcller")
+    for name in (f"train/good/{broken}.png", f"train/good/notes.{broken}", f"test/crack/{broken}.png"):
+        (base / name).write_text("no image")
+    words = ("run", "--models", "mean_intensity", "--datasets", f"folder:{base}", "--on-bad-image")
+    code, _, err = bench(*words, "skip", "--out", out)
+    assert code == 0, err
+    (record,) = Store(out).records()
+    assert record.notes["source"]["skipped"] == 2 and record.notes["source"]["other_files"] == {".m\\udcfcller": 1}
+    told = "\n".join(record.notes["source"]["skipped_first"])
+    assert "train/good/M\\udcfcller.png: not an image" in told and "no mask ground_truth/crack/M\\udcfcller_mask.png" in told
+    assert "train/good/M\\udcfcller.png (not an image" in bench(*words, "fail", "--out", tmp_path / "no")[2]
+    assert "train/good/M\\udcfcller.png: not an image" in bench("data", "check", f"folder:{base}")[1]
+
+
 def test_names_of_bad_files_are_printed_without_what_steers_terminals(tmp_path: Path, bench) -> None:
     base = authors(tmp_path / "f")
     (base / "train/0.normal/a\x1b[31m\nb.png").write_text("x")

@@ -19,6 +19,7 @@ from ganomaly_plugin.datasets.decode import BadImage
 from ganomaly_plugin.datasets.folder import ANOMALY, NORMAL, check_normals
 from ganomaly_plugin.datasets.imagefiles import Listing, Problem, load_listing, stamped
 from ganomaly_plugin.errors import InvalidInput, check_known, one_line
+from ganomaly_plugin.escape import storable
 
 _PREFIX = "anomalib:"
 _LEFT_OUT = {"Folder", "Datumaro", "Tabular"}  # they are no data sets, but ways to describe one
@@ -141,7 +142,7 @@ def _listing(name: str, category: str, base: Path, module: Any) -> Listing:
             except (OSError, BadImage) as error:
                 problems.append(Problem(path, getattr(error, "strerror", None) or str(error)))
             if label == 1:
-                kind = str(row.get("label", ANOMALY))
+                kind = storable(str(row.get("label", ANOMALY)))
                 kinds[kind] = kinds.get(kind, 0) + 1
     from importlib.metadata import version
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.escape import storable
 from ganomaly_plugin.files import as_path
 
 #: Images with more pixels are refused before they are decoded: Pillow's own limit against decompression bombs.
@@ -27,6 +28,9 @@ _GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16, I;16B, I;16L, I;16N
 
 class BadImage(Exception):
     """An image file is not usable; the text is the reason, without the path."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(storable(reason))  # it may name a mask
 
 
 @contextlib.contextmanager

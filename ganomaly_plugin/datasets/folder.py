@@ -10,7 +10,7 @@ from ganomaly_plugin.datasets.base import ImageDataset
 from ganomaly_plugin.datasets.decode import SUFFIXES, BadImage
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem, load_listing, stamped
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.escape import printable
+from ganomaly_plugin.escape import printable, storable
 
 NORMAL, ANOMALY = "good", "anomaly"
 _LAYOUTS = (
@@ -145,7 +145,7 @@ def _images(
     files = []
     for path in _walk(folder, problems, tuple(map(_inode, folder.absolute().parents))):
         if path.suffix.lower() not in SUFFIXES:
-            others[path.suffix.lower() or "none"] += 1
+            others[storable(path.suffix.lower()) or "none"] += 1
             continue
         try:
             mask = None if masks is None else _mask_of(masks / path.relative_to(folder))

@@ -24,6 +24,7 @@ from ganomaly_plugin.datasets.base import ImageDataset
 from ganomaly_plugin.datasets.cache import available_cpus, cache_folder
 from ganomaly_plugin.datasets.decode import BadImage, check_options, decode, decode_mask, is_grey, quiet_pillow
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.escape import storable
 from ganomaly_plugin.files import locked
 from ganomaly_plugin.selection import as_word
 
@@ -90,8 +91,8 @@ class Listing:
     source: dict[str, Any] = field(default_factory=dict)
 
     def shown(self, path: Path) -> str:
-        """`path` relative to `base` where it lies below it."""
-        return str(path.relative_to(self.base)) if path.is_relative_to(self.base) else str(path)
+        """`path` relative to `base` where it lies below it, as a record can hold it."""
+        return storable(str(path.relative_to(self.base) if path.is_relative_to(self.base) else path))
 
 
 def stamped(path: Path, label: int, is_test: bool = False, mask: Path | None = None) -> ImageFile:
