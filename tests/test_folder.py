@@ -426,6 +426,41 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     assert load(base, tmp_path).digest == digest
 
 
+def test_files_that_were_bad_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = mvtec(tmp_path / "f")
+    (base / "train/good/9.png").write_bytes(b"nothing")  # is bad for good
+    failing = {"train/good/0.png": PermissionError(13, "x"), "ground_truth/dirt/000_mask.png": MemoryError()}
+    opened, decoded = Image.open, []
+
+    def open_image(path: Path) -> Image.Image:
+        decoded.append(path.name)
+        if error := failing.get(path.relative_to(base).as_posix()):
+            raise error
+        return opened(path)
+
+    def again(**options: object):
+        _load_cached.cache_clear()
+        decoded.clear()
+        return load(base, tmp_path, **options)
+
+    monkeypatch.setattr(decode.Image, "open", open_image)
+    with pytest.raises(BadImages, match=r"3 of 8.*9\.png \(not an image.*dirt/000\.png \(its mask 000_mask\.png is too large"):
+        load(base, tmp_path)
+    with pytest.raises(BadImages, match=r"3 of 8.*0\.png \(no permission to read it\)"):
+        again()
+    mapped = again(on_bad_image="skip")
+    assert len(mapped.images) == 5 and sorted(set(decoded)) == ["0.png", "000.png", "000_mask.png", "9.png"]
+    failing["train/good/0.png"] = OSError(5, "Input/output error")
+    with pytest.raises(BadImages, match=r"0\.png \(not readable: Input/output error\)"):
+        again()
+    failing.clear()
+    dataset = again(on_bad_image="skip")
+    assert len(dataset.images) == 7 and dataset.masks.any((1, 2)).sum() == 2 and dataset.source["skipped"] == 1
+    assert len(mapped.images) == 5 and mapped.images[0, 0, 8, 8] == 11  # who has mapped what was there goes on
+    again(on_bad_image="skip")
+    assert decoded == ["9.png"] and sum(path.is_dir() for path in (tmp_path / ".cache").iterdir()) == 1
+
+
 def test_progress_is_told_when_it_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,8 +60,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise BadImage("no permission to read it") from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise BadImage(str(error.strerror).lower()) from error
+    except MemoryError as error:
+        raise BadImage("too large for the memory that is left") from error
     except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-        raise BadImage(f"damaged: {error.strerror or error if isinstance(error, OSError) else error}") from error
+        unreadable = error.strerror if isinstance(error, OSError) else None  # the system's; Pillow's own have a text alone
+        raise BadImage(f"not readable: {unreadable}" if unreadable else f"damaged: {error}") from error
     except Exception as error:  # decoders meet hostile bytes with struct.error, ValueError, IndexError, ...
         raise BadImage(f"damaged: {one_line(error)}") from error
 

@@ -133,15 +133,17 @@ def load_listing(
     if not listing.files:
         why = f": {_first(listing, listing.problems)}" if listing.problems else ""
         raise BadImages(f"{listing.name}: there is no usable image in {listing.base}{why}.", listing.problems)
-    folder = _cached(listing, cache_folder(root), image_size, channels, fit)
-    meta = json.loads((folder / "meta.json").read_text())
-    problems = listing.problems + [Problem(Path(path), reason) for path, reason in meta["bad"]]
-    if problems and on_bad_image == "fail":
-        raise BadImages(_report(listing, problems), problems)
-    kept = np.load(folder / "kept.npy")
-    if len(kept) == 0:
-        raise InvalidInput(f"{listing.name}: no usable image in {listing.base}: {_first(listing, problems)}.")
-    shape = (len(kept), meta["channels"], image_size, image_size)
+    with _cached(listing, cache_folder(root), image_size, channels, fit) as folder:
+        meta, kept, bad = _remembered(listing, folder)
+        problems = listing.problems + [Problem(file.path, reason) for file, reason in bad]
+        if problems and on_bad_image == "fail":
+            raise BadImages(_report(listing, problems), problems)
+        if len(kept) == 0:
+            raise InvalidInput(f"{listing.name}: no usable image in {listing.base}: {_first(listing, problems)}.")
+        shape = (len(kept), meta["channels"], image_size, image_size)
+        images = np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape)
+        place = folder / "masks.u8"
+        masks = np.memmap(place, dtype=bool, mode="r", shape=shape[:1] + shape[2:]) if listing.has_masks else None
     source = {**listing.source, "skipped": len(problems)}
     if problems:
         source["skipped_first"] = [f"{listing.shown(p.path)}: {p.reason}" for p in problems[:_NAMED]]
@@ -156,12 +158,12 @@ def load_listing(
         defects = tuple(name for name in defects if name in classes)
     return ImageDataset(
         listing.name,
-        np.memmap(folder / "images.u8", dtype=np.uint8, mode="r", shape=shape),
+        images,
         labels,
         classes,
         np.array([file.is_test for file in files]) if listing.official_split else None,
         defects,
-        np.memmap(folder / "masks.u8", dtype=bool, mode="r", shape=shape[:1] + shape[2:]) if listing.has_masks else None,
+        masks,
         source,
     )
 
@@ -179,15 +181,16 @@ def _first(listing: Listing, problems: list[Problem]) -> str:
     return named + (f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else "")
 
 
-def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -> Path:
-    """The folder of the decoded listing, made when it is not there yet or not whole."""
+@contextlib.contextmanager
+def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -> Iterator[Path]:
+    """The folder of the decoded listing, made when it is not there yet, not whole or out of date; in the context it stays."""
     content = [[str(f.path.absolute()), str(f.mask or ""), *f.stamp] for f in listing.files]
     key = hashlib.sha256(canonical_json([_FORMAT, size, channels, fit, listing.has_masks, content]).encode()).hexdigest()[:20]
     folder = cache / f"images-{key}"
     if not _whole(folder):
         _sweep_out_unused(cache)
     with locked(cache / f"images-{key}.lock"):
-        if _whole(folder):
+        if _whole(folder) and _still_bad(listing, folder, size, fit):
             with contextlib.suppress(OSError):
                 os.utime(folder)  # it is in use
         else:
@@ -198,14 +201,44 @@ def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -
                 _build(listing, building, size, channels, fit)
                 building.replace(folder)
             except OSError as error:
-                if _whole(folder):  # without locks another process was first
-                    return folder
-                raise InvalidInput(
-                    f"Cannot write decoded images to {cache}: {one_line(error)}. Free some space there."
-                ) from error
+                if not _whole(folder):  # else without locks another process was first
+                    raise InvalidInput(
+                        f"Cannot write decoded images to {cache}: {one_line(error)}. Free some space there."
+                    ) from error
             finally:
                 shutil.rmtree(building, ignore_errors=True)
-    return folder
+        yield folder
+
+
+def _remembered(listing: Listing, folder: Path) -> tuple[dict[str, Any], np.ndarray, list[tuple[ImageFile, str]]]:
+    """What `_build` left in `folder` beside pixels: its notes, the places of the usable files, the others with the reasons."""
+    meta, kept = json.loads((folder / "meta.json").read_text()), np.load(folder / "kept.npy")
+    bad = np.setdiff1d(np.arange(len(listing.files)), kept)
+    return meta, kept, [(listing.files[k], reason) for k, (_, reason) in zip(bad, meta["bad"], strict=True)]
+
+
+def _still_bad(listing: Listing, folder: Path, size: int, fit: str) -> bool:
+    """Whether the files that were not usable still are not, for the same reasons.
+
+    A permission, a disk, a lack of memory and Pillow are mended without a trace in a file's size and time.
+    """
+    meta, _, bad = _remembered(listing, folder)
+
+    def same(was: tuple[ImageFile, str]) -> bool:
+        try:
+            _decoded(was[0], size, meta["channels"], fit)
+        except BadImage as error:
+            return str(error) == was[1]
+        return False
+
+    with quiet_pillow(), ThreadPoolExecutor(available_cpus()) as pool:
+        return all(pool.map(same, bad))
+
+
+def _decoded(file: ImageFile, size: int, channels: int, fit: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """The pixels of a file, its mask if it has one, and whether that marked something and marks nothing at this size."""
+    image, original = decode(file.path, size=size, channels=channels, fit=fit)
+    return (image, None, False) if file.mask is None else (image, *decode_mask(file.mask, original, size=size, fit=fit))
 
 
 def _sweep_out_unused(cache: Path) -> None:
@@ -245,10 +278,9 @@ def _build(listing: Listing, folder: Path, size: int, channels: int, fit: str) -
             bad, lost = [], 0
             for k in range(start, min(start + _BATCH, n)):
                 try:
-                    images[k], original = decode(files[k].path, size=size, channels=channels, fit=fit)
-                    mask = files[k].mask
+                    images[k], mask, emptied = _decoded(files[k], size, channels, fit)
                     if masks is not None and mask is not None:
-                        masks[k], emptied = decode_mask(mask, original, size=size, fit=fit)
+                        masks[k] = mask
                         lost += emptied
                 except BadImage as error:
                     bad.append((k, str(error)))
