@@ -312,3 +312,28 @@ def test_the_anomalib_module_calibrates_itself():
     again = module_class(GanomalyPlusRecipe)(image_size=16, channels=1, **hparams)
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.model(images.expand(-1, 3, -1, -1)).pred_score, after)
+
+
+@pytest.mark.parametrize("when", [{"monitor": "generator_loss"}, {"every_n_train_steps": 1}], ids=["epoch", "step"])
+def test_checkpoints_are_calibrated_without_a_validation_loop(when, tmp_path):
+    from anomalib.data import ImageBatch
+    from anomalib.engine import Engine
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ganomaly_plugin.training.lightning_classes import module_class
+
+    def made():
+        hparams = {name: value for name, value in SMALL.items() if name != "batch_size"}
+        return module_class(GanomalyPlusRecipe)(image_size=16, channels=1, pre_processor=False, visualizer=False, **hparams)
+
+    images = torch.from_numpy(blobs(24)).expand(-1, 3, -1, -1)
+    batches = torch.utils.data.DataLoader([ImageBatch(image=part) for part in images.split(8)], None, collate_fn=lambda b: b)
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, **when)
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    engine = Engine(callbacks=[saving], default_root_dir=tmp_path, max_epochs=2, **trainer)
+    fitted = made()
+    engine.fit(fitted, train_dataloaders=batches)
+    last = max(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    loaded = made()
+    loaded.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+    torch.testing.assert_close(loaded.model(images).pred_score, fitted.model(images).pred_score, rtol=1e-4, atol=1e-4)

@@ -177,6 +177,8 @@ class RecipeModule(AnomalibModule):
         self._loop: PlainTrainer | None = None
         self._stage = -1  # none yet
         self._resumed: dict[str, Any] | None = None
+        self._seen: list[Tensor] = []
+        self._is_calibrated = False  # since the last step
 
     model: RecipeModel
 
@@ -260,7 +262,7 @@ class RecipeModule(AnomalibModule):
             loop.redraws.set_state(self._resumed["redraws"])
             self._resumed = None
         self._losses: list[dict[str, Tensor]] = []
-        self._seen: list[Tensor] = []
+        self._seen = []
 
     def on_fit_start(self) -> None:
         """Check that the optimisers are ours, and forget what an earlier fit was at."""
@@ -286,6 +288,7 @@ class RecipeModule(AnomalibModule):
         if self.recipe.calibrates and sum(map(len, self._seen)) < CALIBRATION_LIMIT:
             self._seen.append(images.detach().cpu())
         losses = self._training().step(images)
+        self._is_calibrated = False
         self._losses.append(losses)
         return dict(losses)
 
@@ -302,10 +305,11 @@ class RecipeModule(AnomalibModule):
 
     def _calibrate(self) -> None:
         """On images of the last epoch, which were trained on: Lightning's data module decides what is held out."""
-        if self.recipe.calibrates and getattr(self, "_seen", None):
+        if self.recipe.calibrates and self._seen and not self._is_calibrated:
             networks, images = self.model.scoring_networks(), torch.cat(self._seen)
             with torch.inference_mode(False):
                 calibrate(self.recipe, networks, images, None, seed=self.seed, device=self.device)
+            self._is_calibrated = True
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean losses; raises Diverged when one is not finite."""
@@ -318,7 +322,8 @@ class RecipeModule(AnomalibModule):
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store, as plain values, whose checkpoint it is and where the random draws stand."""
+        """Store, as plain values, whose checkpoint it is and where the random draws stand; calibrate if nothing has yet."""
+        self._calibrate()  # in place, and the checkpoint's state holds the same tensors
         super().on_save_checkpoint(checkpoint)
         own: dict[str, Any] = {"model": self.name}
         if self._loop is not None:
