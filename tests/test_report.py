@@ -145,6 +145,9 @@ def test_pages_of_hardly_any_results(tmp_path: Path, bench) -> None:
         and "no paired tests" in one.text
         and ".." not in one.text
     )
+    level = [outcome("a", shift=50), outcome("b", shift=50)]
+    page = check(report_html(load_results(fill(tmp_path / "level", level).folder)))
+    assert "a, b share the highest mean AUROC, 1.000" in page.text and "better in" not in page.text
     holes = [outcome("a", "0"), outcome("a", "1"), outcome("b", "0"), failed("b", "1")]
     holes += [outcome("a", protocol="one-anomalous/strict-v1")]
     page = check(report_html(load_results(fill(tmp_path / "holes", holes).folder)))

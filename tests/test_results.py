@@ -105,6 +105,15 @@ def test_stats_over_data_sets(tmp_path: Path, bench) -> None:
     made = [outcome(d, "0", dataset=f"set{k}", shift=x) for d, x in (("a", 0), ("b", 2), ("c", 4)) for k in range(8)]
     code, out, _ = bench("stats", fill(tmp_path / "out", made).folder)
     assert code == 0 and "Friedman over 8 data sets" in out and "Nemenyi's critical difference 1.17" in out  # 2.343·√(12/48)
+    assert "Left out" not in out
+    some = [*made, *(outcome("d", "0", dataset=f"set{k}", shift=9) for k in range(7))]  # the best, but on seven of eight
+    folder = fill(tmp_path / "some", some).folder
+    _, out, _ = bench("stats", folder)
+    assert "average ranks c" in out and "1.17. Left out, for they lack results on some data set: d." in out
+    _, out, _ = bench("plot", "critical-difference", folder, "--out", tmp_path / "cd.svg")
+    assert "Left out, for they lack results on some data set: d." in out
+    _, out, _ = bench("stats", fill(tmp_path / "two", [one for one in some if one.record.job.detector in "ad"]).folder)
+    assert "got 1 on 8" in out and "some data set: d." in out and ".." not in out
     repeated = [*made, outcome("a", "0", dataset="set0", data={"image_size": 64})]
     _, out, _ = bench("stats", fill(tmp_path / "twice", repeated).folder)
     assert "no test over data sets: set0 is here more than once" in out
@@ -120,6 +129,7 @@ def test_hardly_any_results(tmp_path: Path, bench) -> None:
         for command in ("tables", "stats"):
             code, _, err = bench(command, folder)
             assert code == 2 and text in err, err
+    assert "Run the same bench run with --retry-failed." in err
     one = fill(tmp_path / "one", [outcome("a")]).folder
     code, out, _ = bench("stats", one)
     assert code == 0 and "one seed: no interval over seeds" in out and "fewer than two detectors" in out
@@ -127,12 +137,13 @@ def test_hardly_any_results(tmp_path: Path, bench) -> None:
     assert bench("tables", many.folder)[1].count("\nd") >= 120
     many = fill(tmp_path / "classes", [outcome(f"d{k:02}", str(c)) for k in range(11) for c in range(6)])
     code, out, _ = bench("stats", many.folder)
-    assert code == 0 and "11 detectors make too many pairs" in out
+    assert code == 0 and "11 detectors make too many pairs to correct for; bench stats --baseline NAME" in out
     code, out, _ = bench("stats", many.folder, "--baseline", "d07")
     assert code == 0 and out.count(" - d07:") == 10
-    holes = fill(tmp_path / "holes", [outcome("a", "0"), outcome("a", "1"), outcome("b", "0")]).folder
-    code, out, _ = bench("stats", holes)
+    holes = [outcome("a", "0"), outcome("a", "0", 1), outcome("a", "1"), outcome("b", "0")]
+    code, out, _ = bench("stats", fill(tmp_path / "holes", holes).folder)
     assert code == 0 and "fewer than two detectors are complete" in out
+    assert "1 of 2 seeds complete; one seed: no interval over seeds" in out and "no mean, for no seed has every class: b" in out
     mixed = fill(tmp_path / "mixed", [outcome("a"), outcome("a", protocol="one-anomalous/strict-v1")]).folder
     code, out, _ = bench("tables", mixed)
     assert code == 0 and "paper-v1" in out and "strict-v1" in out

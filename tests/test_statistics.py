@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -68,9 +70,17 @@ def test_friedman_is_refused_for_few_data_sets() -> None:
 def test_wilcoxon_as_demsar_has_it() -> None:
     """Section 3.1.3: C4.5 against C4.5+m over the same 14 data sets, R- = 93 and R+ = 12, significant at 0.05."""
     difference = DEMSAR[:, 1] - DEMSAR[:, 0]
+    unequal = difference[difference != 0]
     (pair,) = wilcoxon_pairs({"plain": DEMSAR[:, 0], "m": DEMSAR[:, 1]}, [("m", "plain")])
     assert (pair.wins_a, pair.wins_b) == (10, 2) and pair.p < 0.05 and pair.p_holm == pair.p
-    assert pair.p == stats.wilcoxon(difference).pvalue
+    ranks = stats.rankdata(np.abs(unequal))
+    signs = np.array(list(itertools.product([-1, 1], repeat=len(unequal))))
+    assert pair.p == np.mean(np.abs(signs @ ranks) >= abs(np.sign(unequal) @ ranks))  # all orders of signs, counted
+
+
+def test_ties_between_many_classes_leave_wilcoxon_exact() -> None:
+    (pair,) = wilcoxon_pairs({"a": [1.0] * 15 + [0.9, 0.8, 0.7, 0.6, 0.5], "b": [1.0] * 15 + [0.0] * 5}, [("a", "b")])
+    assert (pair.wins_a, pair.wins_b, pair.p) == (5, 0, 2 / 2**5)
 
 
 def test_wilcoxon_is_exact_and_refused_for_few_classes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ def finished(store: Store) -> list[RunRecord]:
     if any(record.status == "done" for record in records):
         return records
     failed = f"; the first failure: {records[0].job.slug}: {records[0].error}" if records else ""
-    todo = "bench run --retry-failed" if records else "bench run"
-    raise InvalidInput(f"{store.folder} has no finished job ({len(records)} records{failed}). Run {todo} --out {store.folder}.")
+    todo = "the same bench run with --retry-failed" if records else f"bench run --out {shlex.quote(str(store.folder))}"
+    raise InvalidInput(f"{store.folder} has no finished job ({len(records)} records{failed}). Run {todo}.")
 
 
 def tables(options: Any) -> int:

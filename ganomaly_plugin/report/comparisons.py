@@ -31,20 +31,28 @@ PAIRWISE_LIMIT = 10  # detectors; with more, Holm over all pairs leaves nothing,
 
 @dataclass(frozen=True)
 class Row:
-    """One detector's mean with its intervals; `images` only for AUROC and complete rows, `seeds` only from two seeds on."""
+    """One detector's mean with its intervals; `images` only for AUROC and complete rows, `seeds` only from two seeds on.
+
+    `missing` says how many seeds the mean is of where some lack a class, and is empty where none does.
+    """
 
     detector: str
     mean: float
     images: Interval | None
     seeds: Interval | None
+    missing: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What can be said of one table: intervals a row, and paired tests or the reason why there are none."""
+    """What can be said of one table: intervals a row, and paired tests or the reason why there are none.
+
+    `no_mean` are the detectors no seed of which has every class.
+    """
 
     table: Table
     rows: tuple[Row, ...]
+    no_mean: tuple[str, ...]
     pairs: tuple[Pair, ...]
     why_no_pairs: str
 
@@ -68,9 +76,12 @@ def compare(
         if cell.n == 0:
             continue
         images = image_interval(list(scores[name].values())) if name in scores and cell.complete else None
-        rows.append(Row(name, cell.mean, images, _in_range(seed_interval(seeds.get(name, [])))))
+        over_seeds = _in_range(seed_interval(seeds.get(name, [])))
+        missing = "" if cell.complete else f"{cell.n} of {cell.wanted} seeds complete"
+        rows.append(Row(name, cell.mean, images, over_seeds, missing))
+    no_mean = tuple(name for name in table.rows if table.cells[name][MEAN].n == 0)
     pairs, why = _pairs(table, baseline)
-    return Comparison(table, tuple(rows), tuple(pairs), why)
+    return Comparison(table, tuple(rows), no_mean, tuple(pairs), why)
 
 
 def _in_range(interval: Interval | None) -> Interval | None:
@@ -98,7 +109,7 @@ def _pairs(table: Table, baseline: str | None) -> tuple[list[Pair], str]:
     if baseline is not None and baseline not in complete:
         return [], f"no paired tests: {baseline} is not complete in every class"
     if baseline is None and len(complete) > PAIRWISE_LIMIT:
-        return [], f"no paired tests: {len(complete)} detectors make too many pairs to correct for; name one with --baseline"
+        return [], f"no paired tests: {len(complete)} detectors make too many pairs to correct for; bench stats --baseline NAME"
     values = {row: [table.cells[row][column].mean for column in classes] for row in complete}
     if not METRICS[table.metric].higher_is_better:
         values = {row: [-value for value in each] for row, each in values.items()}
@@ -115,7 +126,6 @@ def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
     The categories of MVTec AD and its like have images of their own each, and count as data sets; classes of one labelled
     data set share their training images, and do not.
     """
-    names: list[str] | None = None
     blocks: dict[str, dict[str, float]] = {}
     for table in tables:
         name = table.where[0]
@@ -127,14 +137,19 @@ def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
             if block in blocks:
                 return None, f"no test over data sets: {name} is here more than once, with other options"
             blocks[block] = {row: table.cells[row][column].mean for row in table.rows if table.cells[row][column].complete}
-    for values in blocks.values():
-        names = list(values) if names is None else [name for name in names if name in values]
-    names = names or []
+    everyone = list(dict.fromkeys(row for table in tables for row in table.rows))
+    names = [name for name in everyone if all(name in values for values in blocks.values())]
+    out = tuple(name for name in everyone if name not in names)
     grid = np.array([[values[name] for name in names] for values in blocks.values()]).reshape(len(blocks), len(names))
     try:
-        return friedman(names, grid, higher_is_better=tables[0].higher_is_better), ""
+        return replace(friedman(names, grid, higher_is_better=tables[0].higher_is_better), left_out=out), ""
     except InvalidInput as error:
-        return None, f"no test over data sets: {one_line(error)}"
+        return None, f"no test over data sets: {one_line(error)}{without(out)}"
+
+
+def without(left_out: Sequence[str]) -> str:
+    """A sentence behind Friedman's test that names the detectors left out of it, where there are some."""
+    return f" Left out, for they lack results on some data set: {', '.join(left_out)}." if left_out else ""
 
 
 def comparisons(results: Results, tables: Sequence[Table], *, baseline: str | None = None) -> Iterator[Comparison]:
@@ -192,8 +207,12 @@ def comparison_text(comparison: Comparison) -> str:
     for row in comparison.rows:
         found = [(row.images, "jobs"), (row.seeds, "seeds")]
         texts = [f"[{i.low:.3f}, {i.high:.3f}] {i.method} ({i.n} {what})" for i, what in found if i is not None]
+        texts = ["95 %: " + "; ".join(texts)] if texts else []
+        texts += [row.missing] if row.missing else []
         texts += ["one seed: no interval over seeds"] if row.seeds is None else []
-        lines.append(f"  {row.detector.ljust(width)}  {row.mean:.3f}  95 %: " + "; ".join(texts))
+        lines.append(f"  {row.detector.ljust(width)}  {row.mean:.3f}  {'; '.join(texts)}")
+    if comparison.no_mean:
+        lines.append(f"  no mean, for no seed has every class: {', '.join(comparison.no_mean)}")
     if comparison.pairs:
         lines.append("  Wilcoxon over classes, seeds averaged, Holm over these pairs (classes share training images):")
     for pair in comparison.pairs:
@@ -218,5 +237,6 @@ def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:
     ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in sorted(tested.ranks.items(), key=lambda item: item[1]))
     return printable(
         f"{protocol}: Friedman over {tested.n} data sets: chi2 = {tested.chi2:.2f}, Iman-Davenport F = {tested.f:.2f}, "
-        f"{p_text(tested.p)}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}"
+        f"{p_text(tested.p)}; average ranks {ranks}; Nemenyi's critical difference {tested.critical_difference:.2f}."
+        + without(tested.left_out)
     )

@@ -147,7 +147,7 @@ def _facts(group: Group) -> list[str]:
         f"{span('test_anomalous')} anomalous ones"
     )
     if any(record.counts.get("train_anomalous") for record in done):
-        facts.append(f"of the training images {span('train_anomalous')} are anomalous, on purpose")
+        facts.append(f"Of the training images {span('train_anomalous')} are anomalous, on purpose")
     references = sorted({str(record.reference) for record in done})
     facts.append(f"Thresholds come from {span('reference')} {' and '.join(references)} normal images")
     return [*facts, *leaks(group.runs)]
@@ -162,9 +162,12 @@ def _verdict(group: Group, comparison: Comparison) -> list[str]:
     means = [cell_text(table.cells[name][MEAN]) for name in rivals]
     lines = [f"{rivals[0]} has a mean AUROC of {means[0]}, and no rival"]
     if len(rivals) > 1:
+        level = table.ranks(MEAN)[0]
         lines = [f"{rivals[0]} has the highest mean AUROC, {means[0]}, before {rivals[1]}, {means[1]}"]
+        if len(level) > 1:
+            lines = [f"{', '.join(sorted(level))} share the highest mean AUROC, {means[0]}"]
         pair = next((each for each in comparison.pairs if {each.a, each.b} == {rivals[0], rivals[1]}), None)
-        if pair:
+        if pair and len(level) == 1:
             won = pair.wins_a if pair.a == rivals[0] else pair.wins_b
             lines.append(f"it is better in {won} of {len(table.columns) - 1} classes (Wilcoxon, Holm: {p_text(pair.p_holm)})")
     if table.seeds == 1:

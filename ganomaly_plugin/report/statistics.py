@@ -148,7 +148,8 @@ def wilcoxon_pairs(values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[
     raw = []
     for a, b in pairs:
         difference = np.asarray(values[a], dtype=float) - np.asarray(values[b], dtype=float)
-        p = 1.0 if not difference.any() else float(stats.wilcoxon(difference).pvalue)
+        unequal = difference[difference != 0]  # left out here, so that SciPy has no cause to leave the exact distribution
+        p = float(stats.wilcoxon(unequal).pvalue) if len(unequal) else 1.0
         raw.append((a, b, int((difference > 0).sum()), int((difference < 0).sum()), float(difference.mean()), p))
     corrected = holm([each[-1] for each in raw])
     return sorted((Pair(*each, p) for each, p in zip(raw, corrected, strict=True)), key=lambda pair: (pair.p, pair.a, pair.b))
@@ -166,6 +167,7 @@ class Friedman:
         critical_difference: Average ranks at least this far apart differ at 0.05.
         p_pairs: Nemenyi's p, `(k, k)`.
         n: Number of blocks.
+        left_out: Detectors that lack a result on some block, and are not ranked.
     """
 
     ranks: dict[str, float]
@@ -175,6 +177,7 @@ class Friedman:
     critical_difference: float
     p_pairs: np.ndarray
     n: int
+    left_out: tuple[str, ...] = ()
 
 
 def friedman(names: Sequence[str], values: np.ndarray, *, higher_is_better: bool = True, ties: bool = True) -> Friedman:

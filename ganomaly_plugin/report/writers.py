@@ -27,7 +27,9 @@ def cell_text(cell: Cell, plus_minus: str = "±") -> str:
 
 def caption(table: Table) -> str:
     """One line that says what the table holds."""
-    seeds = "1 seed" if table.seeds == 1 else f"mean ± std over n = {table.seeds} seeds"
+    least = min((cell.wanted for row in table.cells.values() for cell in row.values()), default=0)
+    n = f"{least} to {table.seeds}" if least < table.seeds else str(table.seeds)
+    seeds = "1 seed" if n == "1" else f"mean ± std over n = {n} seeds"
     return f"{table.dataset}, {table.protocol}: {table.title}; {seeds}"
 
 
@@ -45,7 +47,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
         for reference in table.references:
             cells = [f"*{text}*" for text in reference_cells(table, reference)]
             lines.append(_md_row([f"*{markdown_escape(reference.label)}*", *cells, *([""] if average else [])]))
-        lines += ["", *(markdown_escape(note) for note in notes(table))] if table.references else []
+        lines += ["", *(f"- {markdown_escape(note)}" for note in notes(table))] if table.references else []
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 
