@@ -22,8 +22,9 @@ from ganomaly_plugin.core import Outcome
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures import FIGURES
 from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
-from ganomaly_plugin.report.figures.epochs import choices, table
+from ganomaly_plugin.report.figures.epochs import choices, epochs, table
 from ganomaly_plugin.report.figures.histograms import binned, standardised
+from ganomaly_plugin.report.figures.legend import columns
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
 from ganomaly_plugin.report.figures.sheets import FRAME, sheets
@@ -117,6 +118,29 @@ def test_short_names_keep_what_tells_detectors_apart() -> None:
     assert list(short_names(names).values()) == ["ganomaly[batchnorm=batch]", "ganomaly", "vae", "knn[standardise=false]"]
     names = ["pca", "pca[standardise=false]", "knn[standardise=false]"]
     assert list(short_names(names).values()) == names
+
+
+def test_the_best_seven_share_the_figure_of_epochs_and_no_colour(tmp_path: Path) -> None:
+    made = [with_oracle(outcome(f"d{k}"), 0.5, 0.1 * k) for k in range(9)]
+    plain = [outcome("p", shift=0.5)]  # has no epochs, and ranks among them
+    (group,) = groups(load_results(fill(tmp_path / "out", [*made, *plain]).folder))
+    assert 0 < group.colour("p") < 7
+    assert [choice.detector for choice in choices(group)] == [f"d{k}" for k in range(8, -1, -1)]
+    with styled(PAPER):
+        drawing = epochs([group], Canvas())
+        lines = [line for line in drawing.figure.axes[0].lines if "/" in str(line.get_label())]
+    assert "The 7 with the highest mean AUROC of 9 detectors." in drawing.caption
+    assert len({line.get_color() for line in lines}) == len(lines) == 7 and drawing.table.count("| cifar10") == 9
+
+
+def test_long_names_widen_a_key_and_are_refused_beside_ranks(tmp_path: Path, bench) -> None:
+    assert columns(["ae", "pca"], 3.3) > 2 > columns(["ganomaly_plus[w_turn=0.5,views=4]", "ae"], 3.3) == 1
+    names = [f"ganomaly_plus[w_turn={x}]" for x in range(4)]
+    store = fill(tmp_path / "out", [outcome(d, dataset=f"set{k}") for d in names for k in range(6)])
+    words = ["plot", "critical-difference", store.folder, "--out", tmp_path / "cd.svg"]
+    code, _, err = bench(*words)
+    assert code == 2 and "do not fit beside a diagram of 3.3 inches. Give --width 4, or" in err
+    assert bench(*words, "--width", 4)[0] == 0
 
 
 def test_epoch_choice_by_hand(tmp_path: Path, bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def report_html(results: Results) -> str:
     """
     records = results.records
     if not records:
-        raise InvalidInput(f"{results.store.folder} has no record yet. Run bench run --out {results.store.folder}.")
+        raise InvalidInput(
+            f"{results.store.folder} has no record yet. Run bench run --out {shlex.quote(str(results.store.folder))}."
+        )
     there = groups(results) if any(record.status == "done" for record in records) else []
     tables = results.tables(("auroc", "auprc", *MORE))
     budget = [IMAGE_BYTES]
@@ -84,7 +87,7 @@ def _across(there: list[Group]) -> list[tuple[str, Figure | None]]:
         if tested is not None:
             mine, prefix = [group for group in there if group.protocol == protocol], f"cd{k}-"
             try:
-                drawing = critical_difference(mine, Canvas(WIDE / 2, PAGE))
+                drawing = critical_difference(mine, Canvas(WIDE if len(tested.ranks) > 8 else WIDE / 2, PAGE))
                 figure = Figure(f"{prefix}text", inline_svg(drawing.figure, prefix), drawing.caption)
             except InvalidInput as error:
                 figure = Figure(f"{prefix}text", "", one_line(error))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.figures.legend import clip, drawn
+from ganomaly_plugin.report.figures.legend import clip, columns, drawn
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
 from ganomaly_plugin.report.tables import MEAN
@@ -50,7 +50,8 @@ def bars(group: Group, canvas: Canvas) -> Drawing:
         else:
             axes.barh(at, means, thick * 0.9, xerr=spread, error_kw=whisker, **style)
     _axes(axes, upright, place, [*group.table.columns[:-1], MEAN], canvas)
-    figure.legend(loc="outside upper left", ncols=max(1, round(canvas.width / 1.65)), handlelength=1)
+    ncols = columns([clip(names[name]) for name in chosen], canvas.width)
+    figure.legend(loc="outside upper left", ncols=ncols, handlelength=1)
     seeds = group.table.seeds
     over = f"mean over {seeds} seeds, whiskers one standard deviation" if seeds > 1 else "one seed, so no whiskers"
     return Drawing(figure, f"AUROC by class on {group.title}: {over}; dotted: chance. {note}".strip())

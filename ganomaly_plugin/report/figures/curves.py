@@ -53,7 +53,7 @@ def roc(group: Group, canvas: Canvas) -> Drawing:
     axes.plot([0, 1], [0, 1], color=canvas.theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
     for name in chosen:
         curve = np.r_[0, mean_roc(group, name)]  # the grid starts at the top of a first upright rise
-        axes.plot(np.r_[0, GRID], curve, **line_style(group, name, canvas.theme))
+        axes.plot(np.r_[0, GRID], curve, **line_style(group.colour(name), canvas.theme))
     _unit_square(axes, "false-positive rate", "true-positive rate")
     key(axes, group, chosen, canvas.theme, f"mean AUROC, {_over(group)}")
     return Drawing(figure, f"ROC curves, the mean of those of all jobs, on {group.title}. {note}".strip())
@@ -71,7 +71,7 @@ def precision_recall(group: Group, canvas: Canvas) -> Drawing:
     axes.axhline(chance, color=canvas.theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
     means = {}
     for name in chosen:
-        axes.plot(GRID, mean_precision(group, name), **line_style(group, name, canvas.theme))
+        axes.plot(GRID, mean_precision(group, name), **line_style(group.colour(name), canvas.theme))
         means[name] = float(np.mean([record.metrics["auprc"] for record in group.jobs(name)]))
     _unit_square(axes, "recall", "precision")
     key(axes, group, chosen, canvas.theme, f"mean AUPRC, {_over(group)}", values=means)

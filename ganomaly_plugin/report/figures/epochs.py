@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.figures.legend import clip, line_style, marker_style
+from ganomaly_plugin.report.figures.legend import clip, line_style, marker_style, remark
 from ganomaly_plugin.report.figures.losses import thinned
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
@@ -45,9 +45,9 @@ class Choice:
 
 
 def choices(group: Group) -> list[Choice]:
-    """A row for each detector whose jobs noted the test AUROC after every epoch, all of the same number of epochs."""
+    """A row for each detector whose jobs noted the test AUROC after every epoch, all of as many, the best detector first."""
     found = []
-    for name in group.table.rows:
+    for name in group.detectors:
         jobs = [record for record in group.jobs(name) if record.history and all(_KEY in epoch for epoch in record.history)]
         if not jobs or len(jobs) < len(group.jobs(name)) or len({len(record.history) for record in jobs}) > 1:
             continue
@@ -63,22 +63,23 @@ def epochs(groups: Sequence[Group], canvas: Canvas) -> Drawing:
     Raises:
         InvalidInput: No job noted its test AUROC after every epoch.
     """
-    found = [(group, choices(group)) for group in groups]
-    found = [(group, made[:DRAWN]) for group, made in found if made]
+    found = [(group, made) for group in groups if (made := choices(group))]
     if not found:
         raise InvalidInput(
             "No job here noted its test AUROC after every epoch: only the protocol one-anomalous/paper-v1 does. "
             "Run with --protocols one-anomalous/paper-v1."
         )
-    lines = max(len(made) for _, made in found)
+    lines = min(DRAWN, max(len(made) for _, made in found))
     figure = new_figure(canvas.width, len(found) * (1.65 + 0.15 * lines))
     for axes, (group, made) in zip(figure.subplots(len(found), 1, squeeze=False).flat, found, strict=True):
-        _panel(axes, group, made, canvas)
+        _panel(axes, group, made[:DRAWN], canvas)
     figure.supxlabel("epoch", fontsize=8)
     caption = (
         "Test AUROC after each epoch, mean over jobs; the point: the last epoch, which is the result; the level line at the "
         "right: the mean of each job's best test epoch, an oracle and no result."
     )
+    said = [(group, text) for group, made in found if (text := remark(group, len(made), DRAWN))]
+    caption = " ".join([caption, *(f"{group.dataset}: {text}" if len(found) > 1 else text for group, text in said)])
     return Drawing(figure, caption, table([choice for _, made in found for choice in made]))
 
 
@@ -86,12 +87,13 @@ def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> No
     from matplotlib.ticker import MaxNLocator
 
     names = group.names(choice.detector for choice in made)
-    for choice in made:
-        style, n = line_style(group, choice.detector, canvas.theme), len(choice.by_epoch)
+    for place, choice in enumerate(made):
+        k = group.colour(choice.detector) if len(group.detectors) <= DRAWN else place  # some would share a colour
+        style, n = line_style(k, canvas.theme), len(choice.by_epoch)
         text = f"{choice.last:.3f} / {choice.best:.3f}  {clip(names[choice.detector])}"
         shown = thinned(n)
         axes.plot(shown + 1, choice.by_epoch[shown], label=text, **style)  # type: ignore[attr-defined]
-        axes.plot(n, choice.last, linestyle="", **marker_style(group, choice.detector, canvas.theme))  # type: ignore[attr-defined]
+        axes.plot(n, choice.last, linestyle="", **marker_style(k, canvas.theme))  # type: ignore[attr-defined]
         axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)  # type: ignore[attr-defined]
     low = min(float(choice.by_epoch[len(choice.by_epoch) // 3 :].min()) for choice in made)
     high = max(choice.best for choice in made)

@@ -8,6 +8,13 @@ from typing import Any
 from ganomaly_plugin.report.figures.style import DASHES, DRAWN, MARKERS, Theme
 from ganomaly_plugin.report.groups import Group
 
+LETTER = 0.058  # inches: what a letter of a key or label of seven points takes on average
+
+
+def columns(texts: Sequence[str], width: float) -> int:
+    """How many columns a key of `texts` has across `width` inches."""
+    return max(1, int(width / (LETTER * max(map(len, texts), default=0) + 0.35)))
+
 
 def drawn(group: Group, most: int = DRAWN) -> tuple[tuple[str, ...], str]:
     """The detectors to draw, the best first, and what a caption must say of them and of their short names."""
@@ -20,15 +27,13 @@ def remark(group: Group, n: int, most: int) -> str:
     return f"{cut} {group.common}".strip()
 
 
-def line_style(group: Group, detector: str, theme: Theme) -> dict[str, Any]:
-    """Colour and dashes of a detector's line."""
-    k = group.colour(detector)
+def line_style(k: int, theme: Theme) -> dict[str, Any]:
+    """Colour and dashes of the line of the `k`-th detector, which is its `Group.colour`."""
     return {"color": theme.colours[k % DRAWN], "linestyle": DASHES[k % DRAWN]}
 
 
-def marker_style(group: Group, detector: str, theme: Theme) -> dict[str, Any]:
-    """Colour and shape of a detector's points."""
-    k = group.colour(detector)
+def marker_style(k: int, theme: Theme) -> dict[str, Any]:
+    """Colour and shape of its points."""
     return {"color": theme.colours[k % DRAWN], "marker": MARKERS[k % DRAWN]}
 
 
@@ -51,6 +56,6 @@ def key(
         texts.append(
             f"{value:.3f}  {clip(names[name])}" + (f" ({missing} job{'s' * (missing > 1)} missing)" if missing else "")
         )
-        handles.append(Line2D([], [], **line_style(group, name, theme)))
+        handles.append(Line2D([], [], **line_style(group.colour(name), theme)))
     made = axes.figure.legend(handles, texts, title=title, alignment="left", loc="outside lower left")
     made.get_title().set_fontsize(7)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.comparisons import over_data_sets, p_text
-from ganomaly_plugin.report.figures.legend import clip
+from ganomaly_plugin.report.comparisons import over_data_sets, p_text, without
+from ganomaly_plugin.report.figures.legend import LETTER, clip
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group, short_names
 from ganomaly_plugin.report.statistics import Friedman
 
 MOST = 20  # detectors that one diagram holds
+RANK_WIDTH = 0.2  # inches of the axis, at least, from one rank to the next
 
 
 def critical_difference(groups: Sequence[Group], canvas: Canvas) -> Drawing:
@@ -48,6 +50,13 @@ def draw(found: Friedman, protocol: str, canvas: Canvas) -> Drawing:
     names = [clip(short[name], 22) for name in found.ranks]
     if len(set(names)) < len(names):
         names = list(found.ranks)
+    longest = max(map(len, names)) + len(" (1.00)")
+    needed = 2 * longest * LETTER + RANK_WIDTH * (max(found.ranks.values()) - min(found.ranks.values()))
+    if needed > canvas.width:
+        raise InvalidInput(
+            f"The names do not fit beside a diagram of {canvas.width:g} inches. Give --width {math.ceil(needed * 2) / 2:g}, or "
+            "fewer --detectors."
+        )
     figure = new_figure(canvas.width, 1.0 + 0.17 * len(names))
     axes = figure.subplots()
     axes.grid(visible=False)
@@ -74,4 +83,4 @@ def draw(found: Friedman, protocol: str, canvas: Canvas) -> Drawing:
         f"Average ranks over {found.n} data sets, {protocol}, 1 the best; bars join what Nemenyi's test does not tell apart at "
         f"0.05 (critical difference {found.critical_difference:.2f}; Friedman's test: {p_text(found.p)})."
     )
-    return Drawing(figure, caption)
+    return Drawing(figure, caption + without(found.left_out))

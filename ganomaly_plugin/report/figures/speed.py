@@ -6,7 +6,7 @@ import math
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.costs import cost_frame
-from ganomaly_plugin.report.figures.legend import clip, drawn, marker_style
+from ganomaly_plugin.report.figures.legend import clip, columns, drawn, marker_style
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, log_axis, new_figure
 from ganomaly_plugin.report.groups import Group
 
@@ -31,7 +31,7 @@ def speed(group: Group, canvas: Canvas) -> Drawing:
             if seconds > 0 and math.isfinite(seconds):
                 shown += 1
                 face = "none" if k >= len(canvas.theme.colours) else canvas.theme.colours[k % len(canvas.theme.colours)]
-                style = marker_style(group, name, canvas.theme)
+                style = marker_style(group.colour(name), canvas.theme)
                 axes.plot(seconds, group.mean(name), linestyle="", markerfacecolor=face, markersize=6, **style)
         axes.margins(0.12)
         log_axis(axes, "x")
@@ -52,8 +52,8 @@ def _key(figure: object, group: Group, chosen: tuple[str, ...], names: dict[str,
 
     handles = []
     for k, name in enumerate(chosen):
-        style = marker_style(group, name, canvas.theme)
+        style = marker_style(group.colour(name), canvas.theme)
         face = "none" if k >= len(canvas.theme.colours) else style["color"]
         handles.append(Line2D([], [], linestyle="", markerfacecolor=face, **style))
     texts = [clip(names[name]) for name in chosen]
-    figure.legend(handles, texts, loc="outside lower left", ncols=max(1, round(canvas.width / 2.2)), handlelength=1)  # type: ignore[attr-defined]
+    figure.legend(handles, texts, loc="outside lower left", ncols=columns(texts, canvas.width), handlelength=1)  # type: ignore[attr-defined]
