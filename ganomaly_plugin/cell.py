@@ -9,7 +9,7 @@ import numpy as np
 
 from ganomaly_plugin import facts
 from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
-from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.base import ImageDataset, load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, leaked, make_split
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
@@ -91,8 +91,7 @@ class Cell:
         notes["source"], notes["data"] = dict(self.dataset.source), self.dataset.digest
         notes["leaked"] = leaked(self.dataset, split)
         test = self.dataset.images[split.test]
-        if self.dataset.masks is not None and getattr(detector, "has_anomaly_map", False):
-            metrics |= _pixel_metrics(detector, test, self.dataset.masks[split.test], notes)
+        metrics |= _pixel_metrics(detector, test, self.dataset, split, notes)
         arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
         arrays |= named_arrays(*facts.named_scores(detector, self.name, test, self.dataset.images[reference_index]))
         try:
@@ -121,8 +120,19 @@ class Cell:
         return Outcome(record, arrays, images)
 
 
-def _pixel_metrics(detector: Any, test: np.ndarray, masks: np.ndarray, notes: dict[str, Any]) -> dict[str, float]:
-    """Pixel AUROC and AUPRO of the anomaly maps; a measure that cannot be taken is a note instead."""
+def _pixel_metrics(
+    detector: Any, test: np.ndarray, dataset: ImageDataset, split: Split, notes: dict[str, Any]
+) -> dict[str, float]:
+    """Pixel AUROC and AUPRO where there are masks and anomaly maps; a measure that cannot be taken is a note instead."""
+    if dataset.masks is None or not getattr(detector, "has_anomaly_map", False):
+        return {}
+    tested = split.test[split.is_anomaly]
+    without = 0 if dataset.has_mask is None else int((~dataset.has_mask[tested]).sum())
+    if without:  # the pixels of their defects would count as normal
+        why = f"{without} of {len(tested)} tested anomalies have no mask. Give each of them one, or leave them out."
+        notes |= {"pixel_auroc": why, "aupro": why}
+        return {}
+    masks = dataset.masks[split.test]
     maps = np.asarray(detector.anomaly_map(test))
     found = {}
     for name, measure in (("pixel_auroc", pixel_auroc), ("aupro", aupro)):

@@ -9,14 +9,17 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import odd_options
+import pandas as pd
 import pytest
 from PIL import Image
 
 from ganomaly_plugin.datasets import anomalib_sets, cache, elpv, torchvision_sets, torchvision_table
 from ganomaly_plugin.datasets.base import ImageDataset, _load_cached, check_options, load_dataset
+from ganomaly_plugin.datasets.imagefiles import load_listing
 from ganomaly_plugin.datasets.splits import make_split
 from ganomaly_plugin.errors import CorruptFile, InvalidInput
 
@@ -338,6 +341,24 @@ def test_real_iad(tmp_path: Path) -> None:
     assert dataset.masks.all((1, 2)).tolist() == [False, False, False, True]
 
 
+def test_anomalib_may_list_anomalies_without_a_mask(tmp_path: Path) -> None:
+    samples = {
+        "image_path": [str(tmp_path / f"{k}.png") for k in range(4)],
+        "label_index": [0, 0, 1, 1],
+        "mask_path": ["", None, str(tmp_path / "mask.png"), ""],
+    }
+    for k in range(4):
+        Image.new("L", (20, 20), 10 * k).save(tmp_path / f"{k}.png")
+    Image.new("L", (20, 20), 255).save(tmp_path / "mask.png")
+    frame = pd.DataFrame(samples)
+    module = SimpleNamespace(train_data=SimpleNamespace(samples=frame[:2]), test_data=SimpleNamespace(samples=frame[2:]))
+    dataset = load_listing(anomalib_sets._listing("Some", "", tmp_path, module), tmp_path, image_size=16)
+    assert dataset.has_mask.tolist() == [False, False, True, False] and dataset.source["without_mask"] == 1
+    module.test_data.samples = frame[3:]
+    dataset = load_listing(anomalib_sets._listing("Some", "", tmp_path, module), tmp_path, image_size=16)
+    assert dataset.masks is None and dataset.has_mask is None
+
+
 def test_kolektor(tmp_path: Path) -> None:
     for k in range(10):
         folder = tmp_path / f"kolektor/kos{k:02d}"
@@ -404,6 +425,7 @@ IMAGES, LABELS = np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 1])
         (ImageDataset("m", IMAGES.tolist(), LABELS, ("a", "b")), "images are a list"),
         (ImageDataset("m", IMAGES, LABELS[:3], ("a", "b")), "labels are no array of 4 whole numbers"),
         (ImageDataset("m", IMAGES, LABELS.tolist(), ("a", "b")), "labels are no array of 4 whole numbers"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "b"), has_mask=LABELS), "its has_mask is no array of bool (4,)"),
         (ImageDataset("m", IMAGES, 5 * LABELS, ("a", "b")), "labels span [0, 5], and there are 2 classes"),
         (ImageDataset("m", IMAGES, -LABELS, ("a", "b")), "labels span [-1, 0]"),
         (ImageDataset("m", IMAGES, LABELS, (0, 1)), "classes are not names that differ, but (0, 1)"),

@@ -319,6 +319,38 @@ def test_masks_of_another_size_and_missing_masks_are_faults(tmp_path: Path) -> N
     assert "no mask ground_truth/dirt/000_mask.png" in str(caught.value)
 
 
+def test_pixel_metrics_need_a_mask_of_every_tested_anomaly(tmp_path: Path, bench) -> None:
+    base, out = mvtec(tmp_path / "f"), tmp_path / "out"
+    for k in range(5):
+        save(base / f"train/crack/{k}.png", (60 + k, 0, 0), mode="RGB")
+    words = ["run", "--models", "pca,mean_intensity", "--datasets", f"folder:{base}", "--image-size", 16, "--out", out]
+    code, _, err = bench(*words, "--protocols", "one-anomalous/paper-v1,one-anomalous/strict-v1")
+    assert code == 0, err
+    for record in Store(out).records():
+        maps, some = record.job.detector == "pca", record.job.protocol.endswith("paper-v1")
+        assert ({"pixel_auroc", "aupro"} <= set(record.metrics)) == (maps and not some)
+        if maps and some:
+            why = "5 of 7 tested anomalies have no mask. Give each of them one, or leave them out."
+            assert record.notes["pixel_auroc"] == record.notes["aupro"] == why
+    assert load(base, tmp_path).source["without_mask"] == 5
+    assert "  without_mask: 5" in bench("data", "ls", f"folder:{base}")[1]
+
+
+def test_a_plain_pair_may_have_masks(tmp_path: Path, bench) -> None:
+    for k in range(3):
+        save(tmp_path / f"f/good/{k}.png", k)
+        save(tmp_path / f"f/bad/{k}.png", 200)
+    (tmp_path / "f/ground_truth/notes").mkdir(parents=True)  # which is no mask
+    assert load(tmp_path / "f", tmp_path).masks is None
+    assert "with masks" not in bench("data", "ls", f"folder:{tmp_path / 'f'}")[1]
+    for k in range(3):
+        save(tmp_path / f"f/ground_truth/bad/{k}_mask.png", 255)
+    _load_cached.cache_clear()
+    dataset = load(tmp_path / "f", tmp_path)
+    assert dataset.masks.all((1, 2)).tolist() == [False] * 3 + [True] * 3 and "without_mask" not in dataset.source
+    assert "with masks" in bench("data", "ls", f"folder:{tmp_path / 'f'}")[1]
+
+
 def test_a_mask_that_marks_nothing_is_a_fault(tmp_path: Path) -> None:
     base = mvtec(tmp_path / "f")
     save(base / "ground_truth/crack/000_mask.png", Image.new("RGBA", (20, 20), (0, 0, 0, 255)))

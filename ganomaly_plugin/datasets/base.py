@@ -39,6 +39,7 @@ class ImageDataset:
             images names its defects here.
         masks: `(n, h, w)` bool, the anomalous pixels, where the data set has them.
         source: Provenance for the record: files, checksums, skipped images, licence.
+        has_mask: `(n,)` bool, which anomalous images have their mask in `masks`; None: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ImageDataset:
     anomaly_classes: tuple[str, ...] | None = None
     masks: np.ndarray | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
+    has_mask: np.ndarray | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -170,7 +172,7 @@ def _faults(made: ImageDataset) -> Iterator[str]:
         yield "a class is called 'mean', as tables call the mean over the classes"
     if not set(made.anomaly_classes or ()) <= set(classes):
         yield f"its anomaly_classes {made.anomaly_classes!r} are not all among its classes"
-    for part, shape in (("is_test", (n,)), ("masks", (n, *images.shape[2:]))):
+    for part, shape in (("is_test", (n,)), ("has_mask", (n,)), ("masks", (n, *images.shape[2:]))):
         array = getattr(made, part)
         if array is not None and (not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != bool):
             yield f"its {part} is no array of bool {shape}"

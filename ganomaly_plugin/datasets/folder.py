@@ -15,7 +15,7 @@ from ganomaly_plugin.escape import printable, storable
 NORMAL, ANOMALY = "good", "anomaly"
 _LAYOUTS = (
     "train/0.normal, test/0.normal, test/1.abnormal (GANomaly's authors); train/good, test/good, test/<defect> and "
-    "perhaps ground_truth/<defect> (MVTec's); or good and bad"
+    "perhaps ground_truth/<defect> (MVTec's); or good and bad and perhaps ground_truth/bad"
 )
 
 
@@ -34,6 +34,9 @@ def load(
     Every format Pillow reads: palettes and CMYK become RGB, alpha is composited on black, 16-bit values are scaled
     from [0, 65535], EXIF orientation is applied, of several images in a file the first is read. Colour images need not
     be of one size.
+
+    Masks of tested defects, and of `bad`, are the files of their names, or with `_mask` behind them, in ground_truth. A defect
+    in train has none.
 
     Args:
         path: The folder, as it is or below the data root.
@@ -92,14 +95,15 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     kinds = sorted({kind for _, kind, _ in found if kind is not None})
     counts = dict.fromkeys(kinds, 0)
     files: list[ImageFile] = []
+    official = all(folder.parent != base for _, _, folder in found)  # a plain pair says nothing of parts
     for is_test, kind, folder in found:
-        masks = base / "ground_truth" / folder.name if (base / "ground_truth").is_dir() else None
+        masks = base / "ground_truth" / folder.name
+        masked = kind is not None and ((is_test and masks.parent.is_dir()) or (not official and masks.is_dir()))
         label = 0 if kind is None else 1 if defects == "together" else 1 + kinds.index(kind)
-        images = _images(folder, label, is_test, masks if kind is not None and is_test else None, problems, others)
+        images = _images(folder, label, is_test, masks if masked else None, problems, others)
         files += images
         if kind is not None:
             counts[kind] += len(images)
-    official = all(folder.parent != base for _, _, folder in found)  # a plain pair says nothing of parts
     return Listing(
         f"folder:{path}",
         base,
@@ -107,7 +111,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
         (NORMAL, *(kinds if defects == "each" else [ANOMALY])),
         tuple(kinds) if defects == "each" else (ANOMALY,),
         official,
-        (base / "ground_truth").is_dir(),
+        any(file.mask is not None for file in files),
         problems,
         {"files": len(files), "defects": counts, **({"other_files": dict(sorted(others.items()))} if others else {})},
     )

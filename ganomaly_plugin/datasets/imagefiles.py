@@ -75,7 +75,7 @@ class Listing:
         classes: Class names.
         anomaly_classes: Those that are defects.
         official_split: Whether `is_test` of the files means something.
-        has_masks: Whether masks come with the data set.
+        has_masks: Whether some file has a mask.
         problems: What the search itself met: unreadable folders, loops, empty classes, images without a mask.
         source: For the record.
     """
@@ -152,6 +152,11 @@ def load_listing(
     files = [listing.files[k] for k in kept]
     classes, defects = listing.classes, listing.anomaly_classes
     labels = np.array([file.label for file in files], dtype=np.int64)
+    has_mask = np.array([file.mask is not None for file in files])
+    if not has_mask.any():
+        masks = None
+    elif without := int((labels[~has_mask] > 0).sum()):
+        source["without_mask"] = without
     there = [k for k, name in enumerate(classes) if name not in (defects or ()) or (labels == k).any()]
     if defects and len(there) > len(classes) - len(defects):  # else no defect is left, which will be said
         classes, labels = tuple(classes[k] for k in there), np.searchsorted(there, labels)
@@ -165,6 +170,7 @@ def load_listing(
         defects,
         masks,
         source,
+        None if masks is None else has_mask,
     )
 
 
