@@ -184,7 +184,10 @@ class Recipe(ABC):
 
     @property
     def calibrates(self) -> bool:
-        """Whether `calibrate` is to be called after training; a share of the training images is then held out for it."""
+        """Whether `calibrate` is to be called after training, and after epochs whose scores are looked at.
+
+        A share of the training images is then held out for it.
+        """
         return False
 
     def calibrate(self, networks: Networks, train: list[Tensor], held_out: list[Tensor]) -> None:

@@ -289,6 +289,22 @@ def test_early_stopping_and_calibration_are_each_members_own():
             np.testing.assert_allclose(member.detector.score(data[:40]), reference.score(data[:40]), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "more"), [("ganomaly_plus", {}), ("ganomaly", {"score_by": "combined"})], ids=str)
+def test_calibrated_scores_choose_one_epoch_whoever_watches_and_trains(name, more):
+    data, share = digits(), torch.arange(0, 600, 4)
+    more = {**SMALL, **more, "select": "normal-val", "criterion": "stability", "patience": 9}
+    fitted = [make_detector(name, **more).fit(data[share], epochs=4, device="cpu", on_epoch=on) for on in (None, lambda *_: 0)]
+    for on in (None, lambda *_: None):
+        member = Member(make_detector(name, **more), share, seed=0, on_epoch=on)
+        fit_together([member], data, epochs=4, steps=None, device=CPU, how="turns")
+        fitted.append(member.detector)
+    first, *others = fitted
+    assert any(epoch["validation"] < 1 for epoch in first.history_)
+    for other in others:
+        assert other.history_ == first.history_
+        assert other.describe()["selected_epoch"] == first.describe()["selected_epoch"]
+
+
 def test_a_model_that_diverges_fails_alone():
     data = digits()
     share = torch.arange(0, 200)

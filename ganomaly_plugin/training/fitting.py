@@ -10,7 +10,7 @@ from torch import Tensor
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.plain import build_networks, to_device
-from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, NormalValidation, calibrate, hold_out
+from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, STABILITY, NormalValidation, calibrate, hold_out
 
 if TYPE_CHECKING:
     from ganomaly_plugin.training.detector import RecipeDetector
@@ -72,13 +72,19 @@ class Fitting:
         """Take note of an epoch, counted from 1, with the networks as they would score; True ends the stage."""
         detector = self.detector
         detector.networks_, detector.steps_ = networks, steps
+        if self.recipe.calibrates and self._looks_at_scores:
+            self._calibrate()
         stop = self._judge is not None and self._judge.after_epoch(epoch, networks)
         detector.history_.append(losses if self._judge is None else {**losses, "validation": self._judge.values[-1]})
         if self.on_epoch is not None:
-            if self.recipe.calibrates and getattr(self.on_epoch, "scores", True):  # who only counts needs no calibration
-                self._calibrate()
             self.on_epoch(epoch, detector)
         return stop
+
+    @property
+    def _looks_at_scores(self) -> bool:
+        """Whether an epoch's scores are looked at: by the choice of the epoch, or by `on_epoch`, unless that only counts."""
+        chooses = self._judge is not None and self.recipe.criterion == STABILITY
+        return chooses or (self.on_epoch is not None and getattr(self.on_epoch, "scores", True))
 
     def finish(self, trainer: str, **facts: Any) -> None:
         """Leave the detector ready to score, and say in its record what happened, and by which trainer."""
