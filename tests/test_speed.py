@@ -227,6 +227,15 @@ def test_peak_memory_of_scoring_is_that_of_the_call_that_is_timed() -> None:
     assert row.peak_memory == pytest.approx(weights + peak_memory(lambda: detector.score(images), CPU), rel=1e-2)
 
 
+def test_what_is_no_network_is_timed_too_with_its_own_parameters_and_the_memory_of_all_images() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (600, 1, 16, 16), dtype=np.uint8)
+    rows = time_scoring([Selection("knn", {}), Selection("iforest", {}), Selection("pca", {})], images, CPU, repeats=5)
+    for row in rows:
+        detector = make_detector(row.detector).fit(images[: measure.FITTED], device="cpu")
+        assert row.parameters == detector.describe()["parameters"] > 0
+        assert row.peak_memory == pytest.approx(peak_memory(lambda d=detector: d.score(images), CPU), rel=0.05)
+
+
 def test_turns_are_fair() -> None:
     calls: list[str] = []
     tasks = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}

@@ -14,6 +14,7 @@ import torch
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.facts import described
 from ganomaly_plugin.recipe import Precision, Recipe
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.selection import Selection, show
@@ -213,11 +214,13 @@ def time_scoring(selections: Sequence[Selection], images: np.ndarray, device: to
 
 def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> _Candidate:
     detector = make_detector(selection.name, **selection.options).fit(images[:FITTED], epochs=1, device=str(device))
-    networks = list(getattr(detector, "networks_", {}).values()) or [getattr(detector, "model_", torch.nn.Module())]
+    models = [*getattr(detector, "networks_", {}).values(), getattr(detector, "model_", None)]
+    networks = [model for model in models if isinstance(model, torch.nn.Module)]  # scikit-learn's models are none
     weights = sum(t.nbytes for net in networks for t in [*net.parameters(), *net.buffers()])
     work = count_work(lambda: detector.score(images[:1]))
-    on_cpu = max(SCORE_CHUNK, selection.options.get("batch_size") or 0)  # more of them take no more, and long to watch
-    at_once = len(images) if device.type == "cuda" else on_cpu
+    a_chunk = max(SCORE_CHUNK, selection.options.get("batch_size") or 0)
+    # On a CPU networks score in chunks: more images take no more memory, and long to watch. Other models take all at once.
+    at_once = a_chunk if networks and device.type != "cuda" else len(images)
     fields = {
         "what": "scoring",
         "detector": show(selection.name, selection.options),
@@ -225,7 +228,7 @@ def _scoring(selection: Selection, images: np.ndarray, device: torch.device) -> 
         "precision": "float32",
         "models": 1,
         "images": len(images),
-        "parameters": _size(networks),
+        "parameters": described(detector, selection.name).get("parameters", _size(networks)),
         "peak_memory": weights + peak_memory(lambda: detector.score(images[:at_once]), device),
         "flops": work.flops or None,
     }
