@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from faulty_detectors import Sound
+from torch.utils.data import DataLoader
 
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
+from ganomaly_plugin.images import to_float
 
 
 class Segfaults(Sound):
@@ -57,6 +60,19 @@ class Describes(Sound):
 
     def describe(self):
         return {"loss": float("nan")}
+
+
+class StartsProcesses(Sound):
+    """Loads its images in a process, as a DataLoader may, and ends another that would not end by itself."""
+
+    def _fit(self, images, **options):
+        loader = DataLoader(to_float(images), batch_size=1000, num_workers=1, multiprocessing_context="fork")
+        super()._fit(torch.cat(list(loader)), **options)
+        sleeper = get_context("fork").Process(target=time.sleep, args=(1000,))
+        sleeper.start()
+        sleeper.terminate()
+        sleeper.join(20)
+        assert sleeper.exitcode == -signal.SIGTERM, sleeper.exitcode
 
 
 class SlowToScore(AutoencoderRecipe):

@@ -68,7 +68,8 @@ def outcomes_of(executor: Executor, chunks: Iterable[Chunk]) -> dict[str, Outcom
 
 
 def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> None:
-    todo = jobs("mean_intensity", "pca", "ae[features=2]", "faulty_detectors:NanScores", classes="0,1")
+    names = ("mean_intensity", "pca", "ae[features=2]", "crashing_detectors:StartsProcesses", "faulty_detectors:NanScores")
+    todo = jobs(*names, classes="0,1")
     found = outcomes_of(make(), [tuple(todo[:4]), *((job,) for job in todo[4:])])
     assert list(found) and found.keys() == {job.key for job in todo}
     for job in todo:
@@ -217,6 +218,21 @@ def test_workers_end_when_their_runner_is_killed(folder: Path) -> None:
     fits = (folder / "fits").read_text()
     time.sleep(1)
     assert (folder / "fits").read_text() == fits
+
+
+@pytest.mark.slow
+def test_a_runner_that_fails_in_mid_sweep_waits_for_no_worker(folder: Path) -> None:
+    script = """if __name__ == "__main__":
+        from test_executors import LOST, SETTINGS, alone, functools, jobs
+        from ganomaly_plugin.executors.local import LocalExecutor
+
+        todo = [(job,) for job in jobs("crashing_detectors:Slow", "mean_intensity")]
+        running = LocalExecutor([None, None], LOST).map(functools.partial(alone, settings=SETTINGS), todo)
+        next(running)
+        raise SystemExit(3)  # and nobody closes what is running
+    """
+    (folder / "script.py").write_text(script)
+    assert subprocess.run([sys.executable, "script.py"], cwd=folder, timeout=90, check=False).returncode == 3
 
 
 def test_fail_fast(folder: Path, bench) -> None:

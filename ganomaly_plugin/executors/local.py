@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -150,9 +152,12 @@ class _Worker:
         changed = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         if self.slot is not None:
             changed["CUDA_VISIBLE_DEVICES"] = self.slot
-        self.process = context.Process(target=serve, args=(theirs, self.run, self.threads, os.getpid()), daemon=True)
+        # Not a daemon: a job may start processes of its own.
+        process = context.Process(target=serve, args=(theirs, self.run, self.threads, os.getpid()))
         with _environment(changed):  # set before the worker imports anything
-            self.process.start()
+            process.start()
+        self.process = process
+        _started[process] = os.getpid()
         theirs.close()
 
     def signs(self) -> list[Any]:
@@ -216,6 +221,18 @@ class _Worker:
             self.process.join(_GRACE)
 
 
+#: Worker processes, and the process that started each.
+_started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+@atexit.register  # later than multiprocessing did, and so called before its own, which waits for every process to end
+def _kill_left() -> None:
+    """Kill the workers of a runner that ends otherwise than by `map`: nobody has told them to end."""
+    for process, runner in list(_started.items()):
+        if runner == os.getpid():
+            process.kill()
+
+
 def _being_recorded(workers: Iterable[_Worker]) -> Iterator[Outcome]:
     """The outcomes still to come of stacks whose training is over, which it would be a pity to lose."""
     told = False
@@ -234,6 +251,8 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
     # Ctrl-C and the end are for the runner, which decides about its workers. Not SIG_IGN: what a job starts would inherit it.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    if hasattr(os, "register_at_fork"):  # what a job forks it may also end
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     if threads is not None:
         import torch
