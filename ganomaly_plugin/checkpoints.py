@@ -18,6 +18,7 @@ from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
 from ganomaly_plugin.files import as_path, atomic_write
 from ganomaly_plugin.registry import make_detector
 from ganomaly_plugin.training.detector import RecipeDetector
+from ganomaly_plugin.training.plain import build_networks
 
 _FILES = {"generator": "netG.pth", "discriminator": "netD.pth"}
 
@@ -29,12 +30,14 @@ def load_authors_checkpoint(
 
     Args:
         net_g: Their `netG.pth`: a dict with `state_dict` (read without unpickling code).
-        net_d: Their `netD.pth`; scores do not need it, and without it the discriminator is new.
+        net_d: Their `netD.pth`. Only the score "feature" needs it; without it the discriminator is an untrained one, and so
+            "feature" among the `named_scores` means nothing.
         device: "auto", "cpu", "cuda" or "cuda:N".
         **hparams: Hyperparameters that weights do not tell, such as `batchnorm` or `input_range`.
 
     Raises:
-        InvalidInput: A file is not there, or a hyperparameter is given that the weights tell.
+        InvalidInput: A file is not there, a hyperparameter is given that the weights tell, or `score_by` needs what is in none
+            of the files.
         CorruptFile: A file is damaged, or holds no GANomaly weights.
     """
     generator = _read(as_path(net_g))
@@ -44,13 +47,21 @@ def load_authors_checkpoint(
     for key in sizes.keys() & hparams.keys():
         raise InvalidInput(f"{key} is told by the weights: {sizes[key]}. Leave it out.")
     detector = make_detector("ganomaly", **sizes, **hparams)
-    assert isinstance(detector, RecipeDetector)
+    assert isinstance(detector, RecipeDetector) and isinstance(detector.recipe, GanomalyRecipe)
+    score_by = detector.recipe.score_by
+    if detector.recipe.calibrates:
+        raise InvalidInput(
+            f"score_by={score_by} is standardised on held-out normal images, and the authors' files hold nothing of it. "
+            "Take another score_by, or fit a detector."
+        )
+    if score_by == "feature" and net_d is None:
+        raise InvalidInput("score_by=feature needs the discriminator. Give netD.pth too, or take another score_by.")
     chw = (channels, side, side)
     states: dict[str, Mapping[str, Tensor]] = {"generator": generator}
     if net_d is not None:
         states["discriminator"] = _read(as_path(net_d))
     else:
-        states["discriminator"] = detector.recipe.build(chw)["discriminator"].state_dict()
+        states["discriminator"] = build_networks(detector.recipe, chw, seed=0)["discriminator"].state_dict()
     return detector.set_networks(states, chw, resolve_device(device))
 
 

@@ -174,6 +174,22 @@ def test_authors_checkpoint_round_trip(tmp_path: Path, extra: int) -> None:
     assert alone.hparams["batchnorm"] == "batch" and np.isfinite(alone.score(images)).all()
 
 
+def test_scores_that_need_more_than_the_files_are_refused(tmp_path: Path) -> None:
+    images = blobs(12)
+    fitted = make_detector("ganomaly", **SMALL, score_by="feature").fit(images, epochs=1, device="cpu")
+    save_authors_checkpoint(fitted, tmp_path)
+    net_g, net_d = tmp_path / "netG.pth", tmp_path / "netD.pth"
+    with pytest.raises(InvalidInput, match=r"score_by=feature needs the discriminator\. Give netD\.pth too"):
+        load_authors_checkpoint(net_g, score_by="feature")
+    both = load_authors_checkpoint(net_g, net_d, score_by="feature", device="cpu")
+    np.testing.assert_array_equal(both.score(images), fitted.score(images))
+    for files in ((net_g,), (net_g, net_d)):
+        with pytest.raises(InvalidInput, match="score_by=combined is standardised on held-out normal images"):
+            load_authors_checkpoint(*files, score_by="combined")
+    one, two = (load_authors_checkpoint(net_g, device="cpu").named_scores(images)["feature"] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_recorded_weights_load_as_a_checkpoint(golden: list[Path], tmp_path: Path) -> None:
     """The recordings hold the authors' own state, under their names: a published netG.pth is the same."""
     with np.load(golden[0]) as archive:
