@@ -60,7 +60,7 @@ def _latex_char(char: str) -> str:
 def markdown_escape(text: str) -> str:
     """`text` safe inside a Markdown table cell."""
     plain = "".join(char if char.isprintable() else "?" for char in text)
-    for char in "\\|*_<>`[]":
+    for char in "\\|*_<>&`[]":
         plain = plain.replace(char, f"\\{char}")
     return plain
 
