@@ -250,7 +250,9 @@ def select_models(experiment: Experiment) -> list[Model]:
             models.append(model)
     left = set(experiment.hparams) - used
     if left:
-        raise InvalidInput(f"No selected model has a hyperparameter {sorted(left)[0]!r}. Set it on the model: name[key=value].")
+        raise InvalidInput(
+            f"No selected model has a hyperparameter {min(left, key=str)!r}. Set it on the model: name[key=value]."
+        )
     return models
 
 

@@ -167,7 +167,7 @@ def _looks_like_a_detector(found: Any) -> bool:
     return isinstance(found, type) and hasattr(found, "score") and (hasattr(found, "stages") or hasattr(found, "fit"))
 
 
-def make_detector(name: str, **hparams: Any) -> BaseDetector:
+def make_detector(name: str, /, **hparams: Any) -> BaseDetector:
     """A fresh detector.
 
     Args:
@@ -177,7 +177,7 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
     Raises:
         InvalidInput: The name or a hyperparameter is unknown, or a value is not allowed.
     """
-    from ganomaly_plugin.hparams import checked_hparams
+    from ganomaly_plugin.hparams import checked_hparams, default_hparams
     from ganomaly_plugin.recipe import Recipe
 
     cls = resolve("detector", name)
@@ -194,6 +194,8 @@ def make_detector(name: str, **hparams: Any) -> BaseDetector:
         detector: BaseDetector = RecipeDetector(made)
     else:
         detector = made
+    if "name" in default_hparams(cls) and getattr(detector, "name", None):
+        return detector  # it goes by an option of its own
     with contextlib.suppress(AttributeError):  # another package's object may be frozen or have slots; the name is optional
         detector.name = name
     return detector

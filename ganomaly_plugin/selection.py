@@ -121,6 +121,10 @@ def parse_selection(item: Any, what: str) -> Selection:
         extra = set(item) - {"name", "options"}
         if extra or not isinstance(item.get("name"), str) or not isinstance(item.get("options", {}), Mapping):
             raise InvalidInput(f"A {what} is name or {{name: ..., options: {{...}}}}, got {dict(item)!r}.")
+        for key in item.get("options", {}):
+            if not isinstance(key, str):
+                said = f"The {what} {item['name']} has an option {key!r}, which is no text"
+                raise InvalidInput(f"{said}. Write name: value, such as latent_dim: 2.")
         return Selection(item["name"], {key: number_like(value) for key, value in item.get("options", {}).items()})
     match = _FORM.fullmatch(str(item).strip())
     if match is None:

@@ -185,6 +185,9 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "zzz*"], "Unknown detector pattern"),
         (["run", "--models", "ganomaly[feature=3]"], "Did you mean 'features'"),
         (["run", "--models", "ganomaly[features=x]"], "features must be"),
+        (["run", "--models", "ganomaly[name=x]"], "Unknown hyperparameter of ganomaly 'name'"),
+        (["run", "--models", "ganomaly", "--datasets", "digits[name=x]"], "Unknown option of data set digits 'name'"),
+        (["run", "--models", "ganomaly", "--datasets", "digits[root=/x]"], "Unknown option of data set digits 'root'"),
         (["run", "--models", "ganomaly[features]"], "Write key=value"),
         (["run", "--models", "ganomaly[features=2,features=4]"], "features is given twice"),
         (["run", "--models", "ganomaly[lr=.inf]"], "ganomaly: lr is inf, which no record can hold"),
@@ -247,6 +250,9 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("model: [ae]\n", "Did you mean 'models'"),
         ("models: [ae\n", "bench run --help"),
         ("models: [{nam: ae}]\n", "A model is name"),
+        ("models: [{name: ae, options: {1: 2}}]\n", "The model ae has an option 1, which is no text"),
+        ("models: [ae]\ndatasets: [{name: digits, options: {true: 2}}]\n", "The data set digits has an option True"),
+        ("models: [ae]\nhparams: {1: 2, depth: 3}\n", "No selected model has a hyperparameter 1"),
         ("models: [ae]\nhparams: 3\n", "hparams must be name: value pairs"),
         ("- models\n", "sets no option"),
         ("# nothing yet\n", "sets no option"),
@@ -379,7 +385,9 @@ def test_cells_by_hand(store: Store) -> None:
 def test_costs_by_hand() -> None:
     frame = pd.DataFrame(
         {
-            **{name: ["x", "x", "x"] for name in ("dataset", "data", "protocol", "sampling")},
+            **{name: ["x", "x", "x"] for name in ("dataset", "protocol")},
+            "data": ['{"image_size": 32, "subset": "poly"}'] * 3,
+            "sampling": ["{}"] * 3,
             "detector": ["a", "a", "b"],
             "status": ["done", "done", "failed"],
             "counts.train": [100, 200, 0],
@@ -393,7 +401,7 @@ def test_costs_by_hand() -> None:
     (row,) = cost_frame(frame).to_dict("records")
     assert (row["detector"], row["jobs"], row["train_images"], row["parameters"], row["fit_s"]) == ("a", 2, 150, 7, 2.0)
     assert row["score_ms_per_image"] == pytest.approx(3.0) and pd.isna(row["steps"])
-    assert "| x | x | a | 2 | 150 |  |  | 7 | 2 | 3 |" in cost_markdown(cost_frame(frame))
+    assert "| x 32×32 subset=poly | x | a | 2 | 150 |  |  | 7 | 2 | 3 |" in cost_markdown(cost_frame(frame))
 
 
 def test_tables_as_text(store: Store) -> None:

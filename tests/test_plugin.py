@@ -18,6 +18,7 @@ from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.selection import Selection
+from ganomaly_plugin.store import Store
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 
@@ -174,6 +175,13 @@ def test_a_detector_with_an_enum_runs(bench, tmp_path: Path):
     words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path / "out")
     code, out, err = bench("run", "--models", models, *words)
     assert code == 0 and "odd_options:Bare[norm=ROUND]" in out, err
+
+
+def test_an_option_may_be_called_name(bench, tmp_path: Path):
+    words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path)
+    code, out, err = bench("run", "--models", "odd_options:HasName[name=median],odd_options:HasName", *words)
+    assert code == 0 and "odd_options:HasName[name=median]" in out, err
+    assert [record.job.hparams for record in Store(tmp_path).records()] == [{"name": "mean"}, {"name": "median"}]
 
 
 @pytest.mark.parametrize(

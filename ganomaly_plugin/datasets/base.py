@@ -192,7 +192,7 @@ def _load_cached(name: str, root: Path, text: str) -> ImageDataset:
         raise InvalidInput(f"The data set {name} ({given}) cannot be loaded: {one_line(error)}. Check its options.") from error
 
 
-def load_dataset(name: str, *, root: str | os.PathLike[str] | None = None, **options: Any) -> ImageDataset:
+def load_dataset(name: str, /, *, root: str | os.PathLike[str] | None = None, **options: Any) -> ImageDataset:
     """The data set `name`, its images resized to `image_size`; the last few are kept in memory.
 
     Args:

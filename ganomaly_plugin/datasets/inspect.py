@@ -64,7 +64,7 @@ class Report:
         return lines + _examples(self.conflicts)
 
 
-def describe(name: str, root: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def describe(name: str, root: str | Path | None = None, /, **options: Any) -> dict[str, Any]:
     """Where a data set is, or where it was looked for, and what it holds.
 
     Args:
@@ -136,7 +136,7 @@ def counts(dataset: ImageDataset) -> dict[str, dict[str, int]]:
     }
 
 
-def check(name: str, root: str | Path | None = None, **options: Any) -> Report:
+def check(name: str, root: str | Path | None = None, /, **options: Any) -> Report:
     """Look at every image: is it usable, and is it there twice? Equal means equal pixels at the stored size.
 
     Images of a folder are decoded whole for this, which takes as long as loading them the first time.
@@ -164,7 +164,7 @@ def check(name: str, root: str | Path | None = None, **options: Any) -> Report:
     return _report(name, dataset.first_equal.tolist(), names, dataset.labels.tolist(), is_test, [])
 
 
-def get(name: str, root: str | Path | None = None, **options: Any) -> list[str]:
+def get(name: str, root: str | Path | None = None, /, **options: Any) -> list[str]:
     """Download a data set that can be downloaded, and say where it is; what to do for one that cannot.
 
     Raises:
