@@ -23,7 +23,8 @@ from ganomaly_plugin.errors import InvalidInput, check_known, one_line
 def default_hparams(cls: type) -> dict[str, Any]:
     """The hyperparameters of a detector or recipe class and their defaults, in the order of its signature."""
     if dataclasses.is_dataclass(cls):
-        return {f.name: f.default for f in dataclasses.fields(cls)}
+        fields = [f for f in dataclasses.fields(cls) if f.init]
+        return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
     parameters = inspect.signature(cls).parameters.values()
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,21 @@ class HasName(Bare):
 
     def score(self, images):
         return self.measure(np.asarray(images, dtype=float), axis=(1, 2, 3))
+
+
+@dataclass
+class Built(Bare):
+    """A dataclass and no recipe: a default that is made anew each time, and a field that is no option."""
+
+    weights: list[float] = field(default_factory=lambda: [1.0, 2.0])
+    fitted: bool = field(default=False, init=False)
+
+    def fit(self, images, **options):
+        self.fitted = True
+        return self
+
+    def score(self, images):
+        return np.asarray(images, dtype=float).mean((1, 2, 3)) * sum(self.weights)
 
 
 class Told(Bare):

@@ -181,7 +181,17 @@ def test_an_option_may_be_called_name(bench, tmp_path: Path):
     words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path)
     code, out, err = bench("run", "--models", "odd_options:HasName[name=median],odd_options:HasName", *words)
     assert code == 0 and "odd_options:HasName[name=median]" in out, err
-    assert [record.job.hparams for record in Store(tmp_path).records()] == [{"name": "mean"}, {"name": "median"}]
+    assert sorted(record.job.hparams["name"] for record in Store(tmp_path).records()) == ["mean", "median"]
+
+
+def test_a_dataclass_may_make_its_defaults(bench, tmp_path: Path):
+    words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path)
+    code, out, err = bench("run", "--models", "odd_options:Built,odd_options:Built[weights=[3.0]]", *words)
+    assert code == 0 and "odd_options:Built[weights=[3.0]]" in out, err
+    hparams = [record.job.hparams["weights"] for record in Store(tmp_path).records()]
+    assert sorted(hparams) == [[1.0, 2.0], [3.0]]
+    with pytest.raises(InvalidInput, match="Unknown hyperparameter of odd_options:Built 'fitted'"):
+        make_detector("odd_options:Built", fitted=True)
 
 
 @pytest.mark.parametrize(
