@@ -82,6 +82,17 @@ def test_figures_are_those_that_are_printed(bench, tmp_path: Path, monkeypatch: 
         assert row["share_of_ceiling"] == pytest.approx(row["gflop_per_second"] / row["ceiling_gflop_per_second"], rel=1e-5)
 
 
+def test_the_authors_form_is_of_what_it_trains_only(bench, tmp_path: Path) -> None:
+    models = ["ganomaly_plus", "ganomaly[adversarial=bce]", "ganomaly"]
+    words = ["--measure", "training", "--image-size", 16, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
+    assert bench("speed", "--models", ",".join(models), *words, "--out", tmp_path / "all.csv")[0] == 0
+    rows = pd.read_csv(tmp_path / "all.csv")
+    assert list(rows["trainer"]) == ["authors' form", *["plain"] * 3]
+    assert rows["detector"][0] == rows["detector"][3] == "ganomaly[batch_size=4,features=2]"
+    assert bench("speed", "--models", ",".join(models[:2]), *words, "--out", tmp_path / "two.csv")[0] == 0
+    assert list(pd.read_csv(tmp_path / "two.csv")["trainer"]) == ["plain"] * 2
+
+
 def test_models_trained_together_count_their_images_together(bench, tmp_path: Path) -> None:
     trainers = "plain,stacked-grouped,stacked-matmul,stacked-streams,stacked"
     words = ["--models", "ae", "--trainers", trainers, "--jobs", 3, "--peers", "none", "--measure", "training"]
@@ -283,6 +294,7 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         (["--peers", "anomaly"], "Did you mean 'anomalib'"),
         (["--peers", "none,authors"], "none stands alone"),
         (["--models", "ae", "--peers", "authors"], "no GANomaly is timed"),
+        (["--models", "ganomaly_plus", "--peers", "authors"], "no GANomaly is timed that trains so"),
         (["--models", "pca,knn", "--measure", "training"], "None of --models has training steps"),
         (["--dataset", "digits", "--channels", 1], "images of a --dataset have their own"),
         (["--measure", "train"], "Did you mean 'training'"),

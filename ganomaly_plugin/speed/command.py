@@ -13,7 +13,6 @@ import torch
 
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.files import atomic_write, check_writable
 from ganomaly_plugin.hparams import default_hparams
@@ -21,7 +20,7 @@ from ganomaly_plugin.provenance import cpu_name, versions
 from ganomaly_plugin.recipe import Precision
 from ganomaly_plugin.registry import resolve
 from ganomaly_plugin.selection import Selection, parse_selection
-from ganomaly_plugin.speed.measure import Row, recipe_of, time_scoring, time_training
+from ganomaly_plugin.speed.measure import Row, has_peers, recipe_of, time_scoring, time_training
 from ganomaly_plugin.speed.peers import PEERS
 from ganomaly_plugin.speed.timing import WARM_UP
 from ganomaly_plugin.speed.trainers import TRAINERS, Setting
@@ -54,7 +53,7 @@ def run_speed(options: Any) -> int:
         for selection in selections:
             if recipe_of(selection) is None:
                 print(f"{selection.name} has no training steps: only its scoring is timed")
-        known = any(isinstance(recipe_of(selection), GanomalyRecipe) for selection in selections)
+        known = any(has_peers(recipe_of(selection)) for selection in selections)
         usual = ["authors"] if known else []
         peers = usual if options.peers is None else [peer for peer in options.peers if peer != "none"]
         # The nearest that they know.

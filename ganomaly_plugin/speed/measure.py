@@ -88,14 +88,17 @@ def time_training(
     A trainer or peer that fails, as one that needs more memory than there is, is a printed line and no row.
 
     Raises:
-        InvalidInput: Peers are asked for where no GANomaly is among the detectors, or no trainer can train a detector.
+        InvalidInput: Peers are asked for where no detector trains what they do, or no trainer can train a detector.
     """
     recipes = [(show(s.name, s.options), recipe) for s in selections if (recipe := recipe_of(s)) is not None]
     candidates: list[_Candidate] = []
     host: tuple[str, AnomalibEngine] | None = None
-    ganomaly = next((entry for entry in recipes if isinstance(entry[1], GanomalyRecipe)), None)
+    ganomaly = next((entry for entry in recipes if has_peers(entry[1])), None)
     if peers and ganomaly is None:
-        raise InvalidInput("Peers are of GANomaly, and no GANomaly is timed. Add ganomaly to --models, or give --peers none.")
+        raise InvalidInput(
+            "Peers are GANomaly with feature matching, and no GANomaly is timed that trains so. Add ganomaly to --models, or "
+            "give --peers none."
+        )
     for peer in peers:
         assert ganomaly is not None and isinstance(ganomaly[1], GanomalyRecipe)
         label, recipe = ganomaly[0], replace(ganomaly[1], precision=peer_precision)
@@ -140,6 +143,11 @@ def recipe_of(selection: Selection) -> Recipe | None:
     """The selected detector's recipe; None for a detector that has no training steps."""
     detector = make_detector(selection.name, **selection.options)
     return detector.recipe if isinstance(detector, RecipeDetector) else None
+
+
+def has_peers(recipe: Recipe | None) -> bool:
+    """Whether the peers train what `recipe` does: a recipe made from GANomaly's has other losses, as have its variants."""
+    return type(recipe) is GanomalyRecipe and recipe.adversarial == "feature-matching"
 
 
 def _prepared(
