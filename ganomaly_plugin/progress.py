@@ -30,8 +30,9 @@ def _described(record: RunRecord) -> str:
     if record.status == "failed":
         return f"{where}: FAILED: {record.error}"
     seconds = sum(record.seconds.values())
-    said = record.notes.get("describe", {}).get("fallbacks", [])
-    return "; ".join([f"{where}: AUROC {record.metrics['auroc']:.3f} ({seconds:.1f} s)", *said])
+    said = record.notes.get("describe", {}).get("fallbacks")  # of another package's detector this may be anything
+    words = said if isinstance(said, (list, tuple)) and all(isinstance(each, str) for each in said) else []
+    return "; ".join([f"{where}: AUROC {record.metrics['auroc']:.3f} ({seconds:.1f} s)", *words])
 
 
 def status_folder(out: Path, stream: TextIO | None = None) -> Path | None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from rich.console import Console
 from ganomaly_plugin.core import Job, RunRecord
 from ganomaly_plugin.estimate import clock, job_left, sweep_left
 from ganomaly_plugin.live import LiveView
-from ganomaly_plugin.progress import status_folder
+from ganomaly_plugin.progress import describe, status_folder
 from ganomaly_plugin.runner import Plan, Settings, run_chunk
 from ganomaly_plugin.status import Board, JobStatus, Status, here
 from ganomaly_plugin.store import Store
@@ -70,6 +71,15 @@ def test_cells_fill_up(tmp_path: Path) -> None:
     narrow = picture(jobs, records, running, tmp_path, 80, 24)
     assert "generator 25.4" in narrow[6] and "discriminator" not in narrow[6]
     assert picture(jobs, records, running, tmp_path, 40, 24)[0].count("jobs") <= 1
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "said"),
+    [(["no validation set"], "; no validation set"), (3, ""), ("some", ""), ([1], ""), (None, ""), ({"a": "b"}, "")],
+)
+def test_only_fallbacks_in_words_are_said(fallbacks: object, said: str) -> None:
+    record = replace(done(job("pca")), notes={"describe": {"fallbacks": fallbacks}})
+    assert describe(record) == f"pca · digits · class 0 · seed 0: AUROC 0.900 (10.0 s){said}"
 
 
 def test_seeds_share_a_cell(tmp_path: Path) -> None:
