@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+
+_TURNS = threading.RLock()  # of threads: the generators are the process's
 
 
 def seed_all(seed: int) -> None:
@@ -19,12 +22,23 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: Sequence[str] | None = None) -> Iterator[None]:
-    """All of the global generators as `seed_all` leaves them inside, and as before outside; of GPUs `devices`, or all."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices):
+    """All of the global generators as `seed_all` leaves them inside, and as before outside; of GPUs `devices`, or all.
+
+    Threads wait for each other.
+    """
+    with _TURNS, torch.random.fork_rng(devices):
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         seed_all(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """The CPU generator of torch at `seed` inside, and as before outside. Threads wait for each other."""
+    with _TURNS, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
+        yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +159,31 @@ def test_networks_leave_torch_randomness_alone() -> None:
     recipe = GanomalyRecipe(**SMALL)
     train(recipe, torch.from_numpy(blobs(8)), seed=0, epochs=1, device=CPU, after_epoch=lambda *_: None)
     assert torch.equal(torch.rand(1), wanted)
+
+
+class Slow(GanomalyRecipe):
+    """Other threads have time to draw while this one does."""
+
+    def build(self, chw: tuple[int, int, int]) -> dict[str, torch.nn.Module]:
+        time.sleep(0.01)
+        return super().build(chw)
+
+    def redraw(self, network: torch.nn.Module) -> None:
+        time.sleep(0.01)
+        super().redraw(network)
+
+
+def test_threads_that_draw_networks_get_what_they_get_alone() -> None:
+    recipe = Slow(**SMALL, batch_size=4, redraw_below=1e9)  # D is drawn anew at each step
+
+    def trained(seed: int) -> torch.Tensor:
+        trainer = train(recipe, torch.from_numpy(blobs(8)), seed=seed, epochs=2, device=CPU, after_epoch=lambda *_: None)
+        return torch.cat([p.detach().flatten() for net in trainer.networks.values() for p in net.parameters()])
+
+    alone = [trained(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(trained, range(4)))
+    assert all(map(torch.equal, together, alone))
 
 
 @pytest.mark.parametrize("extra", [0, 2])

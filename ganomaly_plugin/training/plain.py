@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ganomaly_plugin.errors import Diverged
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Recipe, Stage, StepInput, Tensors
+from ganomaly_plugin.seeding import torch_seeded
 from ganomaly_plugin.training.cpu_convolutions import cpu_convolutions
 from ganomaly_plugin.training.precision import networks_in, precision
 from ganomaly_plugin.training.redraw import drawn_anew
@@ -22,8 +23,7 @@ from ganomaly_plugin.training.redraw import drawn_anew
 
 def build_networks(recipe: Recipe, chw: tuple[int, int, int], seed: int) -> dict[str, nn.Module]:
     """The recipe's networks with initial weights that depend on `seed` alone, on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch_seeded(seed):
         return recipe.build(chw)
 
 

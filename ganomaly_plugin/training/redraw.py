@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ganomaly_plugin.recipe import Networks, Phase, Recipe
+from ganomaly_plugin.seeding import torch_seeded
 from ganomaly_plugin.training.convolutions import in_order
 
 
@@ -20,8 +21,7 @@ def drawn_anew(recipe: Recipe, phase: Phase, networks: Networks, rng: torch.Gene
     """
     seed = int(torch.randint(2**62, (1,), generator=rng))
     drawn: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with torch_seeded(seed), torch.no_grad():
         for name in phase.trains:
             network = copy.deepcopy(networks[name]).cpu().to(memory_format=torch.contiguous_format)
             for weight in network.parameters():
