@@ -5,17 +5,20 @@ The second half runs with `pytest -m slurm tests/test_slurm.py tests/test_execut
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sweeps import jobs, start, wait_for
+from sweeps import jobs, start, store_in, wait_for
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.executors import slurm, submissions
 from ganomaly_plugin.executors.slurm import check_slurm, minutes_of, private_folder
 from ganomaly_plugin.executors.slurm_queue import Queued
 from ganomaly_plugin.executors.submissions import Submission, Submissions
@@ -70,6 +73,39 @@ def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path)
     path.unlink()
     remembered.drop(other)
     assert not remembered.folder.exists()
+
+
+def test_what_another_runner_submits_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = slurm.SlurmExecutor(store_in(tmp_path), lambda *_: None, tmp_path / "private", slurm.Resources())  # type: ignore
+    ended, other = (Submission.of([tuple(jobs("pca"))], {}) for _ in range(2))
+    for submission in (ended, other):
+        (executor.folder / submission.name).mkdir(parents=True)
+    executor.submissions.put(replace(ended, array="11"))
+
+    def queue() -> list[Queued]:
+        executor.submissions.put(replace(other, array="12"))  # too late for the answer
+        return []
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    assert executor._take_up([]) == []
+    assert executor.submissions.all() == [replace(other, array="12")]
+    assert [path.name for path in executor.folder.iterdir()] == [other.name]
+
+
+def test_runners_may_remove_the_folder_of_submissions_under_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered, submission, calls = Submissions(tmp_path), Submission.of([tuple(jobs("pca"))], {}), []
+    remembered.drop(submission)
+    assert remembered.age(submission) == math.inf
+
+    def write(path: Path, content: bytes) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            path.parent.rmdir()
+        path.write_bytes(content)
+
+    monkeypatch.setattr(submissions, "atomic_write", write)
+    remembered.put(submission)
+    assert remembered.all() == [submission] and len(calls) == 2
 
 
 def test_without_submitit_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from ganomaly_plugin.core import Chunk, Job, Outcome
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.executors.slurm_node import NodeTask, Packed, fingerprint
-from ganomaly_plugin.executors.slurm_queue import Queued, how_it_ended, largest_array, queue
+from ganomaly_plugin.executors.slurm_queue import how_it_ended, largest_array, queue
 from ganomaly_plugin.executors.submissions import Submission, Submissions
 from ganomaly_plugin.executors.tries import Lost, Tries
 from ganomaly_plugin.store import Store
@@ -194,7 +194,7 @@ class SlurmExecutor:
             if self._watched:
                 time.sleep(_LOOK)
         for _ in range(_CLEAN):  # the tasks' processes end soon after their last record
-            if not self._forget_ended(queue()):
+            if not self._forget_ended():
                 break
             time.sleep(_LOOK)
 
@@ -206,10 +206,10 @@ class SlurmExecutor:
         """The tasks, submitted by an earlier `bench run` and not ended, that jobs of ours are in."""
         wanted = {job.key: job for chunk in chunks for job in chunk}
         taken: list[_Watched] = []
-        while (now := queue()) is None:  # without an answer, what SLURM has would be submitted again
+        while (living := self._forget_ended()) is None:  # without an answer, what SLURM has would be submitted again
             print("SLURM does not answer; asking again", file=sys.stderr)
             time.sleep(_ASK)
-        for submission in self._forget_ended(now):
+        for submission in living:
             for task, keys in zip(submission.tasks(), submission.keys, strict=True):
                 jobs = tuple(wanted.pop(key) for key in keys if key in wanted)
                 if jobs:
@@ -219,12 +219,17 @@ class SlurmExecutor:
             print(f"SLURM has {jobs_taken} of these jobs from before; waiting for them", file=sys.stderr)
         return taken
 
-    def _forget_ended(self, now: list[Queued] | None) -> list[Submission]:
-        """Forget submissions that have no task with SLURM any more, their private files with them; returns the others."""
+    def _forget_ended(self) -> list[Submission] | None:
+        """Forget submissions that have no task with SLURM any more, their private files with them; returns the others.
+
+        None when SLURM does not answer, and nothing is forgotten.
+        """
+        known = self.submissions.all()  # before SLURM is asked: of what is submitted in between its answer would say nothing
+        now = queue()
         if now is None:
-            return []
+            return None
         living = []
-        for submission in (each.found_in(now) for each in self.submissions.all()):
+        for submission in (each.found_in(now) for each in known):
             if any(queued.name == submission.name for queued in now):
                 self.submissions.put(submission)
                 living.append(submission)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -58,17 +60,26 @@ class Submissions:
 
     def put(self, submission: Submission) -> None:
         """Remember `submission`, or what has become of it."""
-        self.folder.mkdir(exist_ok=True)
-        atomic_write(self._path(submission), json.dumps(asdict(submission)).encode() + b"\n")
+        content = json.dumps(asdict(submission)).encode() + b"\n"
+        while True:
+            with contextlib.suppress(FileExistsError):  # two make it at once
+                self.folder.mkdir(exist_ok=True)
+            try:
+                return atomic_write(self._path(submission), content)
+            except FileNotFoundError:  # a runner that ended has just removed the folder
+                continue
 
     def age(self, submission: Submission) -> float:
-        """Seconds since it was last put."""
-        return time.time() - self._path(submission).stat().st_mtime
+        """Seconds since it was last put; infinite when another runner has dropped it."""
+        try:
+            return time.time() - self._path(submission).stat().st_mtime
+        except FileNotFoundError:
+            return math.inf
 
     def drop(self, submission: Submission) -> None:
         """Forget it."""
         self._path(submission).unlink(missing_ok=True)
-        if not any(self.folder.glob("*")):
+        with contextlib.suppress(OSError):  # there are others in it, or another runner has removed it
             self.folder.rmdir()
 
     def all(self) -> list[Submission]:
