@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 import traceback
@@ -234,7 +235,10 @@ def sweep(
     with Claims(store.folder / "claims") as claims:
         while waiting:
             taken: set[str] = set()
-            for outcome in executor.map(run, _claimed(chunked(waiting), store, before, claims, taken)):
+            mine = _claimed(chunked(waiting), store, before, claims, taken)
+            first = next(mine, None)
+            # An executor may have to ask a cluster before it starts: only where there is something to do.
+            for outcome in executor.map(run, itertools.chain([first], mine)) if first is not None else ():
                 settled = store.settle(outcome)
                 claims.release(settled.job)
                 yield settled

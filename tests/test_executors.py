@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
 from ganomaly_plugin.executors.tries import NODE_TRIES, Tries
-from ganomaly_plugin.runner import Settings, failure, run_chunk, run_job
+from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, run_job, sweep
 from ganomaly_plugin.store import Store, read_record
 
 SETTINGS = Settings(device="cpu")
@@ -233,6 +234,27 @@ def test_a_runner_that_fails_in_mid_sweep_waits_for_no_worker(folder: Path) -> N
     """
     (folder / "script.py").write_text(script)
     assert subprocess.run([sys.executable, "script.py"], cwd=folder, timeout=90, check=False).returncode == 3
+
+
+def test_an_executor_starts_when_there_is_a_job_for_it(tmp_path: Path) -> None:
+    """And not each second while another runner has all that is left."""
+    (job,), store, seen = jobs("mean_intensity"), store_in(tmp_path), []
+
+    class Executor(InlineExecutor):
+        def map(self, run, chunks):
+            seen.append(time.monotonic())
+            return super().map(run, chunks)
+
+    def run(chunk: Chunk) -> Iterable[Outcome]:
+        return alone(chunk, SETTINGS)
+
+    with Claims(store.folder / "claims") as other:
+        assert other.take(job)
+        timer = threading.Timer(1.5, other.release, [job])
+        timer.start()
+        began = time.monotonic()
+        records = list(sweep(make_plan([job], store), store, Executor(), run))
+    assert [record.status for record in records] == ["done"] and len(seen) == 1 and seen[0] - began > 1
 
 
 def test_fail_fast(folder: Path, bench) -> None:
