@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_epochs_train_and_are_reported() -> None:
     assert detector.has_epochs and detector.default_epochs == 15
     detector.fit(blobs(8), epochs=2, on_epoch=lambda epoch, d: seen.append(epoch * len(d.score(blobs(3)))))
     assert seen == [3, 6] and [sorted(losses) for losses in detector.history_] == [["discriminator_loss", "generator_loss"]] * 2
+
+
+def test_a_frozen_part_of_a_model_stays_frozen_when_epochs_are_watched() -> None:
+    from ganomaly_plugin.detectors.anomalib_data import AfterEpoch
+
+    teacher = torch.nn.Sequential(torch.nn.BatchNorm2d(1)).eval()
+    model = torch.nn.Sequential(teacher, torch.nn.BatchNorm2d(1))
+    hook: Any = AfterEpoch(SimpleNamespace(history_=[]), lambda epoch, detector: model.eval())  # type: ignore[arg-type]
+    hook.on_train_epoch_end(SimpleNamespace(callback_metrics={}, current_epoch=0), model)
+    assert [module.training for module in (model, *model, *teacher)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("raised", [KeyError("mine"), OSError("disk full"), KeyboardInterrupt()], ids=repr)

@@ -76,9 +76,11 @@ class AfterEpoch(Callback):
         forms = {f"{name}{end}" for name in metrics for end in ("_step", "_epoch")}  # Lightning logs a mean under two names
         self.detector.history_.append({name: float(value) for name, value in metrics.items() if name not in forms})
         if self.on_epoch is not None:
+            modes = [(module, module.training) for module in pl_module.modules()]  # some are kept frozen, in evaluation mode
             try:
                 self.on_epoch(trainer.current_epoch + 1, self.detector)
             except Exception as error:
                 self.error = error
                 raise
-            pl_module.train()
+            for module, training in modes:
+                module.training = training
