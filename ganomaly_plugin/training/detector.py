@@ -15,7 +15,7 @@ from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
 from ganomaly_plugin.training.fitting import Fitting
-from ganomaly_plugin.training.plain import PlainTrainer, to_device, train
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
 from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
 
 __all__ = ["RecipeDetector", "scoring_mode"]
@@ -137,7 +137,7 @@ class RecipeDetector(BaseDetector):
         self, states: Mapping[str, Mapping[str, Tensor]], chw: tuple[int, int, int], device: torch.device
     ) -> RecipeDetector:
         """Take trained weights instead of fitting: a `state_dict` for each network name, for images of `(c, h, w)`."""
-        networks = self.recipe.build(chw)
+        networks = build_networks(self.recipe, chw, seed=0)  # leaves torch's own generator alone
         for name, network in networks.items():
             try:
                 network.load_state_dict(states[name])
