@@ -375,6 +375,9 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     if dashed:  # what the parser makes of a config's key with a dash, which it takes for the option and does not find
         return f"A config has a key {dashed[1].replace('_', '-')!r}. Write {dashed[1]}: keys of a config have no dashes."
     wrong = re.search(r'Parser key "([\w.]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', text)
+    if wrong and wrong[2] == "str":
+        advice = "Put it in quotes: YAML reads 1:30:00 as a number, and yes as true"
+        return f"--{wrong[1].split('.')[-1]} must be text, got {wrong[3]}. {advice}."
     if wrong:
         return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}."
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."

@@ -19,7 +19,7 @@ _FORM = re.compile(rf"(?P<name>{_DOUBLE}|[^\[\]]+)(?:\[(?P<options>.*)\])?", re.
 _BARE = re.compile(r'(?!["\s])[^\[\]]*(?<!\s)')
 #: Quotes and braces count where YAML has them open a value, and are part of the text elsewhere: it's, a{b.
 _MARK = re.compile(
-    rf"(?:^|(?<=[\[({{,])|(?<=: ))\s*(?:\?\s+)?(?:\w+\s*=\s*)?(?:{_QUOTED}\s*:\s*)?(?:{_QUOTED}|\{{)|[\[\](),}}]", re.DOTALL
+    rf"(?:^|(?<=[\[({{,])|(?<=: ))\s*(?:\?\s+)?(?:[\w-]+\s*=\s*)?(?:{_QUOTED}\s*:\s*)?(?:{_QUOTED}|\{{)|[\[\](),}}]", re.DOTALL
 )
 
 
@@ -91,6 +91,30 @@ def parse_options(text: str) -> dict[str, Any]:
                 f"Cannot read the value of {part!r}. Write a YAML value, such as 0.5 or [0.5, 0.999]."
             ) from error
     return options
+
+
+def parse_texts(text: str, what: str) -> dict[str, str | bool]:
+    """`key=value,key=value` with values that are the text they are, quoted or not; True for `true` without quotes.
+
+    Raises:
+        InvalidInput: A part is none, or a key is there twice; names it, and `what` it is in.
+    """
+    found: dict[str, str | bool] = {}
+    for part in split_list(text):
+        key, equals, value = (each.strip() for each in part.partition("="))
+        if not equals or not re.fullmatch(r"[A-Za-z][\w-]*", key):
+            example = f"""{what} 'exclude="n1,n2",qos=x'"""
+            raise InvalidInput(
+                f"Cannot read {part!r} in {what}. Write name=value, and put a value that has a comma in quotes: {example}."
+            )
+        if key in found:
+            raise InvalidInput(f"{key} is given twice in {what}. Give it once.")
+        try:
+            quoted = re.fullmatch(_QUOTED, value, re.DOTALL)
+            found[key] = str(yaml.load(value, _Loader)) if quoted else value == "true" or value
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"Cannot read {part!r} in {what}. Quote the value as YAML does, or not at all.") from error
+    return found
 
 
 def number_like(value: Any) -> Any:

@@ -253,6 +253,7 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("models: [{name: ae, options: {1: 2}}]\n", "The model ae has an option 1, which is no text"),
         ("models: [ae]\ndatasets: [{name: digits, options: {true: 2}}]\n", "The data set digits has an option True"),
         ("models: [ae]\nhparams: {1: 2, depth: 3}\n", "No selected model has a hyperparameter 1"),
+        ("models: [ae]\ntime: 1:30:00\n", "--time must be text, got 5400. Put it in quotes: YAML reads 1:30:00 as a number"),
         ("models: [ae]\nhparams: 3\n", "hparams must be name: value pairs"),
         ("- models\n", "sets no option"),
         ("# nothing yet\n", "sets no option"),

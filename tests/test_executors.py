@@ -312,7 +312,14 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"executor": "slurm", "workers": 2}, "--workers is for --executor local, not slurm"),
         ({"executor": "slurm", "gpus_per_job": 0.5}, "--gpus-per-job must be a whole number for SLURM, got 0.5"),
         ({"executor": "slurm", "time": "soon"}, "--time must be minutes, H:MM:SS or D-HH:MM, got 'soon'"),
-        ({"executor": "slurm", "sbatch": "account"}, "Cannot read the option 'account'"),
+        ({"executor": "slurm", "sbatch": "account"}, "Cannot read 'account' in --sbatch"),
+        (
+            {"executor": "slurm", "sbatch": "exclude=n1,n2"},
+            "'n2' in --sbatch. Write name=value, .* in quotes: .*exclude=\"n1,n2\"",
+        ),
+        ({"executor": "slurm", "sbatch": "a b=c"}, "Cannot read 'a b=c' in --sbatch"),
+        ({"executor": "slurm", "sbatch": "qos=a,qos=b"}, "qos is given twice in --sbatch"),
+        ({"executor": "slurm", "sbatch": 'comment="\\q"'}, "Cannot read .* in --sbatch"),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"retries": -1}, "--retries must be at least 0"),
         ({"timeout": 0.0}, "--timeout must be more than 0"),
@@ -323,6 +330,21 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Where(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("begin=16:00,account=0077,comment=yes", {"begin": "16:00", "account": "0077", "comment": "yes"}),
+        ("mail-type=END, qos = a b", {"mail-type": "END", "qos": "a b"}),
+        ("exclude=\"n1,n2\",mail-user='a,b'", {"exclude": "n1,n2", "mail-user": "a,b"}),
+        ("nodelist=n[1,3-4],gres=gpu:a100:2", {"nodelist": "n[1,3-4]", "gres": "gpu:a100:2"}),
+        ("dependency=afterok:12?afterok:13,comment=", {"dependency": "afterok:12?afterok:13", "comment": ""}),
+        ("exclusive=true,comment='true'", {"exclusive": True, "comment": "true"}),
+    ],
+)
+def test_what_sbatch_is_told_is_the_text_it_is(text: str, told: dict[str, Any]) -> None:
+    assert Where(executor="slurm", sbatch=text).resources().more == told
 
 
 @pytest.mark.parametrize(

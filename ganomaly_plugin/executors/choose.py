@@ -48,7 +48,7 @@ class Where:
         time: SLURM's time limit of a task, as SLURM writes it.
         memory: SLURM's memory of a task, such as "8G".
         max_parallel: Tasks that SLURM may run at once.
-        sbatch: Further options of sbatch, as `name=value,...`.
+        sbatch: Further options of sbatch, as `name=value,...`; values are text, `true` for an option that takes none.
         slurm_folder: Where submitit's files go.
     """
 
@@ -120,9 +120,9 @@ class Where:
     def resources(self) -> Resources:
         """What each SLURM task asks for."""
         from ganomaly_plugin.executors.slurm import Resources, minutes_of
-        from ganomaly_plugin.selection import parse_options
+        from ganomaly_plugin.selection import parse_texts
 
-        more = parse_options(self.sbatch) if self.sbatch else {}
+        more = parse_texts(self.sbatch, "--sbatch") if self.sbatch else {}
         for value in more.values():
             check_line("--sbatch", value)
         return Resources(
