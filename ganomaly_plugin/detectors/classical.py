@@ -32,13 +32,14 @@ class Pca(BaseDetector):
             best. Must be smaller than the number of pixels, or nothing would be left to reconstruct badly.
         standardise: Divide each pixel by its standard deviation over the training images.
 
-    The components are exact for up to 4,096 pixels (eigenvectors of the covariance) and for up to 1,024 images (full
-    SVD); else scikit-learn's randomised SVD finds them, seeded.
+    The components are exact where there are at most 4,096 pixels and as many images or more (eigenvectors of the
+    covariance), and where images or pixels are at most 1,024 or over four fifths of all components are kept (full SVD).
+    Else, as of 2,000 images of 3×32×32, scikit-learn's randomised SVD finds them, seeded.
     """
 
     has_anomaly_map: ClassVar[bool] = True
     conformance_exemptions: ClassVar[dict[str, str]] = {
-        "seed_matters": "nothing is drawn at random unless pixels and images are many (randomised SVD)"
+        "seed_matters": "nothing is drawn at random unless pixels and images are over a thousand (randomised SVD)"
     }
 
     def __init__(self, n_components: int = 100, standardise: bool = True) -> None:
