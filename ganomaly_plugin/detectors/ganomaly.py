@@ -115,7 +115,8 @@ class GanomalyRecipe(Recipe):
 
     def _generator_phase(self, networks: Networks, step: StepInput) -> tuple[Tensor, dict[str, Tensor]]:
         # Differs: the authors run D twice on x and twice on x̂ (once for each loss); one pass gives the same gradients.
-        # D's BatchNorm running statistics then move twice a step instead of four times; no score reads them.
+        # D's BatchNorm running statistics then move twice a step instead of four times: the scores "feature" and "combined"
+        # read them, the authors' own does not.
         x = step.images
         x_hat, z, z_hat = networks["generator"](x)
         logits_real, features_real = networks["discriminator"](x)
