@@ -323,11 +323,15 @@ def _check_config(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        content = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        alias = next((event.anchor for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)
+        content = yaml.safe_load(text) if alias is None else None
     except UnicodeDecodeError as error:
         raise InvalidInput(f"The config {path} is no text in UTF-8. Save it as such.") from error
     except (yaml.YAMLError, RecursionError, ValueError):
         return
+    if alias is not None:  # a few lines of aliases can stand for more than anybody has time to read
+        raise InvalidInput(f"The config {path} has the alias *{alias}. Write out what it stands for.")
     if not isinstance(content, dict) or all(value is None for value in content.values()):
         raise InvalidInput(f"The config {path} sets no option. Give YAML such as models: ganomaly.")
     command = next((name for name in COMMANDS if isinstance(content.get(name), dict)), None)
