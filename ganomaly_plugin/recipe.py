@@ -70,8 +70,11 @@ class Stage:
 
 @functools.cache
 def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The fields of a recipe class that name one of a few choices, and these."""
-    hints = get_type_hints(cls)
+    """The fields of a recipe class that name one of a few choices, and these; {} where the types cannot be told."""
+    try:
+        hints = get_type_hints(cls)
+    except Exception:  # a name that is imported for type checkers only
+        return {}
     return {each.name: get_args(hints[each.name]) for each in fields(cls) if get_origin(hints[each.name]) is Literal}
 
 

@@ -6,12 +6,17 @@ import enum
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from faulty_detectors import Sound
 
 from ganomaly_plugin.datasets.base import ImageDataset
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Norm(enum.Enum):
@@ -30,6 +35,13 @@ class Named(AutoencoderRecipe):
 
     norm: Norm = Norm.FLAT
     weights: Path = Path("none")
+
+
+@dataclass(frozen=True)
+class Unchecked(AutoencoderRecipe):
+    """A recipe with a type that is imported for type checkers only."""
+
+    sides: Sequence[int] | None = None
 
 
 class Bare:

@@ -170,6 +170,13 @@ def test_members_of_an_enum_and_paths_are_recorded(name: str, given: dict, recor
         assert isinstance(getattr(again, "recipe", again).weights, Path)
 
 
+def test_a_recipe_may_name_types_for_type_checkers_only():
+    detector = make_detector("odd_options:Unchecked", features=2, sides=[3, 5])
+    assert list(detector.hparams["sides"]) == [3, 5]
+    with pytest.raises(InvalidInput, match="select must be"):
+        make_detector("odd_options:Unchecked", select="frist")
+
+
 def test_a_detector_with_an_enum_runs(bench, tmp_path: Path):
     models = "odd_options:Bare[norm=ROUND],odd_options:Told,odd_options:Named[norm=ROUND,features=2,epochs=1]"
     words = ("--datasets", "digits", "--classes", "0", "--image_size", "16", "--out", tmp_path / "out")
