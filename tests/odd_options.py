@@ -14,7 +14,6 @@ from faulty_detectors import Sound
 from ganomaly_plugin.datasets.base import ImageDataset
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
