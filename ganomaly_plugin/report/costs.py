@@ -7,6 +7,7 @@ import pandas as pd
 
 from ganomaly_plugin.escape import markdown_escape
 from ganomaly_plugin.report.frame import GROUP
+from ganomaly_plugin.report.tables import describe_data
 
 COLUMNS = [
     "dataset",
@@ -23,7 +24,7 @@ COLUMNS = [
 
 
 def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a detector of each data set and protocol: medians over its finished jobs.
+    """One row a detector of each data set, with its options, and protocol: medians over its finished jobs.
 
     The seconds are those of the machines that the jobs ran on, busy or not; `bench speed` measures side by side.
 
@@ -52,7 +53,8 @@ def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
     done = done[[*GROUP, "detector"]].assign(**measured)
     grouped = done.groupby([*GROUP, "detector"], sort=True)
     medians = grouped.agg({name: "sum" if name == "jobs" else "median" for name in measured}).reset_index()
-    return medians[COLUMNS]
+    where = zip(medians["dataset"], medians["data"], medians["sampling"], strict=True)
+    return medians.assign(dataset=[describe_data(*map(str, each)) for each in where])[COLUMNS]
 
 
 def cost_markdown(costs: pd.DataFrame) -> str:
