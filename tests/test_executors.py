@@ -75,7 +75,7 @@ def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> No
     assert list(found) and found.keys() == {job.key for job in todo}
     for job in todo:
         here, there = run_job(job, SETTINGS), found[job.key].record
-        assert there.status == here.record.status == ("failed" if "Nan" in job.detector else "done")
+        assert there.status == here.record.status == ("failed" if "Nan" in job.detector else "done"), there.traceback
         assert there.metrics == here.record.metrics and there.error == here.record.error
         assert there.environment["command"] == here.record.environment["command"]
 

@@ -251,8 +251,8 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
     # Ctrl-C and the end are for the runner, which decides about its workers. Not SIG_IGN: what a job starts would inherit it.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    if hasattr(os, "register_at_fork"):  # what a job forks it may also end
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(os, "register_at_fork"):
+        _let_forks_be_ended()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     if threads is not None:
         import torch
@@ -274,6 +274,19 @@ def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | N
                     os._exit(1)
     except (EOFError, OSError):
         return
+
+
+def _let_forks_be_ended() -> None:
+    """What a job forks shall end when the job tells it to: SIGTERM means there what it means to any process."""
+
+    def block(how: int = signal.SIG_BLOCK) -> None:  # one that comes before the child has its own handler waits
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    def in_child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        block(signal.SIG_UNBLOCK)
+
+    os.register_at_fork(before=block, after_in_parent=lambda: block(signal.SIG_UNBLOCK), after_in_child=in_child)
 
 
 def _device_is_broken(device: str) -> bool:
