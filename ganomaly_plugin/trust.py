@@ -1,10 +1,10 @@
 """What a config file may make `bench run` do that its user did not write: no code of its choice, and no folder of its choice.
 
 A config travels: it is downloaded, mailed, published. The command line is the user's own word. So a class path that a config
-names is imported only when the command line names its module too, and a folder that a config writes to lies below the working
-directory or the config's own. Which cluster is dialled, and what sbatch is told, the command line says alone. Registered
-names, `anomalib:NAME` and anomalib's own class paths need no trust: they stand for code that is installed under a name that
-its package chose.
+names is imported only when the command line names its module too, and results go below the working directory or the config's
+own folder. (Its data folder may be anywhere: what is downloaded, unpacked or decoded is written there.) Which cluster is
+dialled, and what sbatch is told, the command line says alone. Registered names, `anomalib:NAME` and anomalib's own class
+paths need no trust: they stand for code that is installed under a name that its package chose.
 """
 
 from __future__ import annotations
