@@ -75,27 +75,30 @@ class LocalExecutor:
         """
         source, again = iter(chunks), deque[Chunk]()
         workers = [_Worker(slot, run, worker_threads(len(self.slots))) for slot in self.slots]
-        try:
-            while True:
+        with _held_interrupts() as interrupt_if_asked:
+            try:
+                while True:
+                    interrupt_if_asked()
+                    for worker in workers:
+                        if not worker.left:
+                            chunk = again.popleft() if again else next(source, None)
+                            if chunk is None:
+                                break
+                            worker.start(chunk)
+                    busy = [worker for worker in workers if worker.left]
+                    if not busy:
+                        return
+                    connection.wait([item for worker in busy for item in worker.signs()], timeout=_LOOK)
+                    interrupt_if_asked()
+                    for worker in busy:
+                        yield from worker.receive()
+                        yield from self._look_after(worker, again)
+            except KeyboardInterrupt:
+                yield from _being_recorded(workers)
+                raise
+            finally:
                 for worker in workers:
-                    if not worker.left:
-                        chunk = again.popleft() if again else next(source, None)
-                        if chunk is None:
-                            break
-                        worker.start(chunk)
-                busy = [worker for worker in workers if worker.left]
-                if not busy:
-                    return
-                connection.wait([item for worker in busy for item in worker.signs()], timeout=_LOOK)
-                for worker in busy:
-                    yield from worker.receive()
-                    yield from self._look_after(worker, again)
-        except KeyboardInterrupt:
-            yield from _being_recorded(workers)
-            raise
-        finally:
-            for worker in workers:
-                worker.stop()
+                    worker.stop()
 
     def _look_after(self, worker: _Worker, again: deque[Chunk]) -> Iterator[Outcome]:
         """What becomes of the jobs of a dead or hanging worker."""
@@ -118,6 +121,33 @@ class LocalExecutor:
         worker.forget()
         again.extend(chunks)
         yield from failed
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[Callable[[], None]]:
+    """Within it Ctrl-C is raised by the function that is yielded, so that outcomes are stored whenever it comes.
+
+    A second one is raised at once. In other threads, and where somebody else looks after Ctrl-C, all stays as it is.
+    """
+    usual, asked = signal.getsignal(signal.SIGINT), threading.Event()
+
+    def hold(number: int, frame: Any) -> None:
+        if asked.is_set():
+            signal.default_int_handler(number, frame)
+        asked.set()
+
+    def interrupt_if_asked() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+        yield interrupt_if_asked
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield interrupt_if_asked
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @dataclass
