@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import blobs
 
 from ganomaly_plugin import make_detector
 from ganomaly_plugin.training import scoring
+from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.room import out_of_memory
 from ganomaly_plugin.training.scoring import scoring_mode
 
@@ -74,20 +76,30 @@ def test_threads_that_score_with_batch_statistics_wait_for_each_other() -> None:
         assert all((found == wanted).all() for found in pool.map(lambda _: detector.score(images), range(60)))
 
 
-def test_threads_that_score_on_a_gpu_keep_its_precision_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def switch() -> Iterator[Any]:
+    found: Any = torch.backends.cudnn.conv
+    before = found.fp32_precision
+    found.fp32_precision = "tf32"
+    yield found
+    found.fp32_precision = before
+
+
+def test_threads_keep_the_precision_of_a_gpu_to_themselves(switch: Any) -> None:
     """Which is a switch of the process."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    switch = torch.backends.cudnn.conv
 
     def inside(_: int) -> str:
         with scoring_mode({}, "running"):
             time.sleep(0.001)
             return switch.fp32_precision
 
-    before = switch.fp32_precision
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(inside, range(40))) == {"ieee"} and before != "ieee"
-    assert switch.fp32_precision == before
+        assert set(pool.map(inside, range(40))) == {"ieee"}
+    assert switch.fp32_precision == "tf32"
+    with precision("tf32"):
+        assert inside(0) == "ieee" and switch.fp32_precision == "tf32"
+    with precision("float32"), precision("tf32"):
+        assert switch.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,23 +13,44 @@ from torch.utils._pytree import tree_map_only
 
 from ganomaly_plugin.recipe import Networks, Precision
 
+_inside: dict[object, Precision] = {}  # who is, of all threads: the switches are the process's
+_outside: list[str] = []  # what the switches were before the first of them
+_TURNS = threading.Lock()
+
+
+def _set(*values: str) -> None:
+    for switch, value in zip(_switches(), values, strict=True):
+        switch.fp32_precision = value
+
+
+def _switches() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
 
 @contextmanager
 def precision(name: Precision) -> Iterator[None]:
     """Convolutions and matrix products of float32 tensors inside: TF32 for "tf32", else true float32; restored after.
 
-    torch lets cuDNN's convolutions use TF32 unless told otherwise, so "float32" has to say so. A CPU has no TF32.
+    torch lets cuDNN's convolutions use TF32 unless told otherwise, so "float32" has to say so. A CPU has no TF32. Threads may
+    be inside at the same time, if they want the same.
     """
-    cudnn: Any = torch.backends.cudnn
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    me = object()
+    with _TURNS:
+        if not _inside:
+            _outside[:] = [switch.fp32_precision for switch in _switches()]
+        _inside[me] = name
+        _set(*[_value(name)] * 3)
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        with _TURNS:
+            del _inside[me]
+            _set(*([_value(list(_inside.values())[-1])] * 3 if _inside else _outside))
+
+
+def _value(name: Precision) -> str:
+    return "tf32" if name == "tf32" else "ieee"
 
 
 class InBfloat16(nn.Module):

@@ -20,7 +20,7 @@ from ganomaly_plugin.training.precision import precision
 from ganomaly_plugin.training.room import make_room, out_of_memory
 
 SCORE_CHUNK = 256  # images scored at once when a score does not depend on its batch: on a CPU, and at least on a GPU
-_TURNS = threading.RLock()  # of threads: batch statistics change the networks meanwhile, a GPU's precision is the process's
+_TURNS = threading.RLock()  # threads that score with batch statistics change the same networks meanwhile
 _GPU_PIXELS = 2**21  # of a channel: images of so many keep a GPU busy; 2048 of 32×32
 
 
@@ -115,7 +115,7 @@ def scoring_mode(networks: Networks, batchnorm: str) -> Iterator[None]:
     """Evaluation mode, float32; with `batchnorm="batch"` BatchNorm uses, but does not remember, the batch's statistics."""
     norms = [m for net in networks.values() for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = norms if batchnorm == "batch" else []
-    with _TURNS if norms or torch.cuda.is_available() else nullcontext():
+    with _TURNS if norms else nullcontext():
         for network in networks.values():
             network.eval()
         for norm in norms:
