@@ -21,7 +21,7 @@ from ganomaly_plugin.selection import split_list, unquoted
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def listed(value: Any) -> list[Any]:
@@ -379,11 +379,9 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     if dashed:  # what the parser makes of a config's key with a dash, which it takes for the option and does not find
         return f"A config has a key {dashed[1].replace('_', '-')!r}. Write {dashed[1]}: keys of a config have no dashes."
     wrong = re.search(r'Parser key "([\w.]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', text)
-    if wrong and wrong[2] == "str":
-        advice = "Put it in quotes: YAML reads 1:30:00 as a number, and yes as true"
-        return f"--{wrong[1].split('.')[-1]} must be text, got {wrong[3]}. {advice}."
     if wrong:
-        return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}."
+        quotes = " Put it in quotes: YAML reads 1:30:00 as a number, and yes as true." if wrong[2] == "str" else ""
+        return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}.{quotes}"
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."
 
 

@@ -37,7 +37,7 @@ def printable(text: str) -> str:
 
 
 def storable(text: str) -> str:
-    """`text` for a record: bytes of a file name that are no text in UTF-8 become escapes."""
+    """`text` for a record: what is no text of UTF-8, as in some file names, becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -17,6 +17,7 @@ from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord, canonical_json
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.escape import storable
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.provenance import environment
@@ -69,16 +70,12 @@ def failure(job: Job, error: str, seconds: float, settings: Settings, trace: str
     record = RunRecord(
         job=job,
         status="failed",
-        error=_utf8(error),
-        traceback=None if trace is None else _utf8(trace),
+        error=storable(error),
+        traceback=None if trace is None else storable(trace),
         seconds={"total": seconds},
         environment=environment(_device_name(settings.device)),
     )
     return Outcome(record)
-
-
-def _utf8(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
 
 
 def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:

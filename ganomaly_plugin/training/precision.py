@@ -18,14 +18,18 @@ _outside: list[str] = []  # what the switches were before the first of them
 _TURNS = threading.Lock()
 
 
-def _set(*values: str) -> None:
+def _switches() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
+
+def _set(values: list[str]) -> None:
     for switch, value in zip(_switches(), values, strict=True):
         switch.fp32_precision = value
 
 
-def _switches() -> tuple[Any, ...]:
-    cudnn: Any = torch.backends.cudnn
-    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+def _values(name: Precision) -> list[str]:
+    return ["tf32" if name == "tf32" else "ieee"] * len(_switches())
 
 
 @contextmanager
@@ -40,17 +44,13 @@ def precision(name: Precision) -> Iterator[None]:
         if not _inside:
             _outside[:] = [switch.fp32_precision for switch in _switches()]
         _inside[me] = name
-        _set(*[_value(name)] * 3)
+        _set(_values(name))
     try:
         yield
     finally:
         with _TURNS:
             del _inside[me]
-            _set(*([_value(list(_inside.values())[-1])] * 3 if _inside else _outside))
-
-
-def _value(name: Precision) -> str:
-    return "tf32" if name == "tf32" else "ieee"
+            _set(_values(next(reversed(_inside.values()))) if _inside else _outside)
 
 
 class InBfloat16(nn.Module):
