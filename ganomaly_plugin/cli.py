@@ -17,6 +17,7 @@ from ganomaly_plugin import __version__
 from ganomaly_plugin.errors import BenchError, CannotStore, InvalidInput, one_line, unknown
 from ganomaly_plugin.escape import printable
 from ganomaly_plugin.selection import split_list, unquoted
+from ganomaly_plugin.streams import mend_streams
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     words = sys.argv[1:] if argv is None else list(argv)
-    _mend_streams()
+    mend_streams()
     try:
         arguments = parse(words)
         from ganomaly_plugin import commands
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout, such as head, has gone
+    except BrokenPipeError:  # the reader of stdout, such as head, has gone; on stderr that is no error
         sys.stdout = None
         return EXIT_OK
     except OSError as error:  # a file or disk that fails where no command expects it
@@ -264,16 +265,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _stop(f"{error.strerror or one_line(error)}{where}. Mend that and start again.", EXIT_FAILED)
     except RecursionError:
         return _stop("Input is nested too deeply. Give a flat config, and options of at most a few levels.")
-
-
-def _mend_streams() -> None:
-    """Let nothing fail for want of a place to print: a stream that is closed, or whose encoding lacks a character."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - open as long as the process
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -176,16 +176,24 @@ def run(options: Any) -> int:
     everything, mine = store.records(), {job.key for job in jobs}
     frame = runs_frame(everything)
     made = tables_of(frame)
-    print(to_text(made), end="")
-    tell(leaks(frame))
     failed = [record for record in everything if record.status == "failed" and record.job.key in mine]
-    for record in failed:
-        print(printable(f"failed: {record.job.slug}: {record.error}"), file=sys.stderr)
-    write_tables(store, frame, made)
+    try:
+        write_tables(store, frame, made)  # first: whoever reads what follows may go away
+    finally:
+        _show(to_text(made))
+        tell([*leaks(frame), *(f"failed: {record.job.slug}: {record.error}" for record in failed)])
     print(f"tables in {out}: runs.csv, auc.csv, auc.tex, auc.md, cost.md ({elapsed(began)})", file=sys.stderr)
     if interrupted:
         return 130
     return 1 if failed else 0
+
+
+def _show(tables: str) -> None:
+    """Print what the files of a results folder have too: nothing is lost where nobody reads it, or its disk is full."""
+    try:
+        print(tables, end="", flush=True)
+    except OSError:
+        sys.stdout = None  # else the end of the process tries again
 
 
 def _print_plan(plan: Any, out: Path) -> int:
@@ -240,8 +248,9 @@ def merge(options: Any) -> int:
     merged = merge_folders(options.results, options.out, keep=options.keep)
     store = Store(options.out)
     frame = runs_frame(store.records())
-    print(to_text(tables_of(frame)), end="")
-    write_tables(store, frame)
+    made = tables_of(frame)
+    write_tables(store, frame, made)
+    print(to_text(made), end="")
     for remark in merged.remarks:
         print(printable(remark), file=sys.stderr)
     print(f"{merged.copied} records copied to {store.folder}; {merged.shared} jobs were in several folders", file=sys.stderr)

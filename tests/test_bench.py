@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from ganomaly_plugin.core import Job, Outcome, RunRecord
 from ganomaly_plugin.escape import latex_escape
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
-from ganomaly_plugin.report.writers import runs_frame, to_latex, to_markdown, to_text, write_tables
+from ganomaly_plugin.report.writers import LATEX_ROWS, runs_frame, to_latex, to_markdown, to_text, write_tables
 from ganomaly_plugin.store import Store, read_record
 
 TINY = ["--hparams", "features=2,latent_dim=4", "--epochs", 1]
@@ -209,6 +212,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--image-size", 0], "image_size must be at least 1"),
         (["run", "--models", "ganomaly", "--seeds", "2-0"], "runs backwards"),
         (["run", "--models", "ganomaly", "--seeds", "one"], "Cannot read the seeds"),
+        (["run", "--models", "ganomaly", "--seeds", "4294967296"], "seed must be a whole number from 0 to 4294967295"),
         (["run", "--models", "ganomaly", "--epochs", 0], "epochs must be at least 1"),
         (["run", "--models", "ganomaly", "--epochs", "many"], "--epochs must be a whole number, got many"),
         (["run", "--models", "ganomaly", "--limit", 0], "limit must be at least 1"),
@@ -419,13 +423,47 @@ def test_tables_as_text(store: Store) -> None:
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine: the LaTeX table was not compiled")
 def test_latex_compiles(store: Store, tmp_path: Path) -> None:
     store.put(fake_outcome("ugly_^~\\{}$#<>|éßŁčőñÅç裂\n[k=1,b=true]", "x", 0, 0.3))
+    for k in range(60):
+        store.put(fake_outcome(f"d{k}", "x", 0, 0.5))
     write_tables(store)
     body = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{auc.tex}\end{document}"
     (store.folder / "paper.tex").write_text(body)
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     done = subprocess.run(words, cwd=store.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "too large" not in done.stdout  # a table of which no page shows the end
     assert (store.folder / "paper.pdf").stat().st_size > 1000
+
+
+def test_long_tables_are_several_in_latex(tmp_path: Path) -> None:
+    made = Store(tmp_path / "made", create=True)
+    for k in range(LATEX_ROWS + 1):
+        made.put(fake_outcome(f"d{k}", "x", 0, 0.5))
+    (table,) = make_tables(runs_frame(made.records()), ["auroc"])
+    first, second = to_latex([table]).split(r"\end{table}")[:2]
+    assert first.count("& 0.500") == 2 * LATEX_ROWS and second.count("& 0.500") == 2
+    assert "continued" not in first and "n = 1" not in second and r"1 seed, continued}" in second
+    assert all(part.count(r"\toprule") == part.count(r"\bottomrule") == 1 for part in (first, second))
+
+
+def test_a_class_called_mean_is_beside_the_mean(tmp_path: Path) -> None:
+    made = Store(tmp_path / "made", create=True)
+    for detector in ("a", "b"):
+        for name, value in (("mean", 0.5), ("x", 0.7)):
+            made.put(fake_outcome(detector, name, 0, value))
+    (table,) = make_tables(runs_frame(made.records()), ["auroc"])
+    assert table.columns == ("class mean", "x", "mean")
+    assert [table.cells["a"][column].mean for column in table.columns] == pytest.approx([0.5, 0.7, 0.6])
+
+
+def test_captions_say_where_epochs_were_chosen(tmp_path: Path) -> None:
+    made = Store(tmp_path / "made", create=True)
+    plain = fake_outcome("a", "x", 0, 0.5)
+    made.put(plain)
+    assert "AUROC, last epoch;" in to_text(make_tables(runs_frame(made.records())))
+    job = replace(plain.record.job, hparams={"select": "normal-val"}, label="a[select=normal-val]")
+    made.put(replace(plain, record=replace(plain.record, job=job)))
+    assert "AUROC, last epoch, or that which select=normal-val kept;" in to_text(make_tables(runs_frame(made.records())))
 
 
 def test_classes_may_be_called_as_other_columns(tmp_path: Path) -> None:
@@ -550,3 +588,35 @@ def test_a_record_tells_of_an_edited_checkout(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "site-packages" / "ganomaly_plugin").mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "site-packages" / "ganomaly_plugin" / "provenance.py"))
     assert provenance.git_state.__wrapped__() == {}  # of somebody else's repository nothing is told
+
+
+class Broken(io.StringIO):
+    """A stream whose reader has gone, or whose disk is full."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_sweep_goes_on_when_nobody_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    words = [*map(str, FLOOR), "--device", "cpu", "--executor", "inline", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "stderr", Broken(number))
+    monkeypatch.setattr(sys, "stdout", Broken(number))
+    assert main(words) == 0
+    assert len(records(tmp_path / "out")) == 2 and (tmp_path / "out" / "auc.md").is_file()
+    words[words.index("mean_intensity")] = "faulty_detectors:NanScores"
+    monkeypatch.setattr(sys, "stdout", Broken(number))
+    assert main(words) == 1 and len(records(tmp_path / "out")) == 4
+
+
+def test_a_sweep_whose_reader_goes_ends_as_its_jobs_do(tmp_path: Path) -> None:
+    words = [*FLOOR, "--device", "cpu", "--executor", "inline", "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "ganomaly_plugin", *map(str, words)]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert runner.stdout is not None
+    runner.stdout.close()
+    assert runner.wait(timeout=120) == 0 and (tmp_path / "out" / "auc.md").is_file()
