@@ -11,7 +11,7 @@ from ganomaly_plugin import facts
 from ganomaly_plugin.core import Detector, Job, Outcome, RunRecord
 from ganomaly_plugin.datasets.base import ImageDataset, load_dataset
 from ganomaly_plugin.datasets.splits import Split, get_protocol, leaked, make_split
-from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.errors import FAULTS, InvalidInput, one_line
 from ganomaly_plugin.metrics import RANKING_METRICS, auroc, check_scores, named_arrays
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
 from ganomaly_plugin.provenance import environment
@@ -96,7 +96,7 @@ class Cell:
         arrays |= named_arrays(*facts.named_scores(detector, self.name, test, self.dataset.images[reference_index]))
         try:
             images = sample(detector, test, split.is_anomaly, score)
-        except Exception as error:  # no part of the result
+        except FAULTS as error:  # no part of the result
             images, notes["samples"] = {}, one_line(error)
         n_anomalous = int(split.is_anomaly.sum())
         record = RunRecord(

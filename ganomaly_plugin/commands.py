@@ -134,7 +134,7 @@ def run(options: Any) -> int:
     if options.dry_run:
         plan = make_plan(jobs, Store(out) if Store.marker_of(out).is_file() else None, retry_failed=options.retry_failed)
         return _print_plan(plan, out)
-    store = Store(out, create=True)
+    store = Store(out.absolute(), create=True)  # wherever a job may go
     plan = make_plan(jobs, store, retry_failed=options.retry_failed)
     check_unchanged(plan, store, splits)
     note = f"{len(jobs)} jobs: {len(plan.done)} done before, {len(plan.failed)} failed before, {len(plan.missing)} to run"
@@ -143,7 +143,7 @@ def run(options: Any) -> int:
         print("failed jobs are kept; run them again with --retry-failed", file=sys.stderr)
     for remark in stacking.remarks(plan.missing):
         print(remark, file=sys.stderr)
-    loggers = Loggers(options.logger or (), out)
+    loggers = Loggers(options.logger or (), store.folder)
     for record in plan.done:
         loggers.log(record)
     status = status_folder(out)

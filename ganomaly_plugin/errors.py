@@ -31,10 +31,17 @@ class CannotStore(BenchError):
     """A result cannot be written: the disk is full, read-only or gone. What is stored stays as it is."""
 
 
+#: What a detector or data set may end with that is its own failure; Ctrl-C is not.
+FAULTS = (Exception, SystemExit)
+
+
 def one_line(error: BaseException) -> str:
-    """`error` as one line: its type where the text alone would not say what happened."""
-    text = " ".join(str(error).split())
-    if isinstance(error, BenchError):
+    """`error` as one line: its type where the text alone would not say what happened, or where it has no text."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its own `__str__` raises
+        text = ""
+    if text and isinstance(error, BenchError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

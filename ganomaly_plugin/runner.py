@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 import time
 import traceback
@@ -16,7 +17,7 @@ from ganomaly_plugin.cell import Cell
 from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord, canonical_json
 from ganomaly_plugin.detectors.base import resolve_device
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.errors import FAULTS, BenchError, InvalidInput, one_line
 from ganomaly_plugin.escape import storable
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
@@ -44,6 +45,32 @@ class Settings:
     cuda_graphs: bool = True  # let stacks on a GPU replay their steps as CUDA graphs
 
 
+@contextlib.contextmanager
+def _surroundings() -> Iterator[None]:
+    """Around what a detector does: what it changes for its whole process is put back, for the jobs that come after.
+
+    What it prints goes to stderr, since stdout is for tables.
+    """
+    folder, dtype, process = _here(), torch.get_default_dtype(), os.getpid()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.getpid() != process:  # a fork that the job let go on: one of the two is enough
+            os._exit(0)
+        torch.set_default_dtype(dtype)
+        if folder is not None and folder != _here():
+            os.chdir(folder)
+
+
+def _here() -> str | None:
+    try:
+        return os.getcwd()  # noqa: PTH109 - no Path: each job asks twice
+    except OSError:  # somebody has removed it
+        return None
+
+
+@_surroundings()
 def run_job(job: Job, settings: Settings) -> Outcome:
     """Run one job from data to record; an error becomes a failed record."""
     began = time.perf_counter()
@@ -56,11 +83,11 @@ def run_job(job: Job, settings: Settings) -> Outcome:
             outcome = cell.outcome(cell.fit(status))
         check_storable(outcome.record)
         return outcome
-    except Exception as error:  # a detector may raise anything, and the sweep goes on
+    except FAULTS as error:  # a detector may raise anything, and the sweep goes on
         return _failed(job, error, time.perf_counter() - began, settings)
 
 
-def _failed(job: Job, error: Exception, seconds: float, settings: Settings) -> Outcome:
+def _failed(job: Job, error: BaseException, seconds: float, settings: Settings) -> Outcome:
     trace = None if isinstance(error, BenchError) else "".join(traceback.format_exception(error))
     return failure(job, one_line(error), seconds, settings, trace)
 
@@ -87,10 +114,11 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
     left = list(chunk)
     if len(chunk) > 1 or (settings.how is not None and _stacks(chunk[0])):
         try:
-            for outcome in _run_stack(chunk, settings):
+            outcomes = _run_stack(chunk, settings)
+            while outcome := _next(outcomes):
                 left.remove(outcome.record.job)
                 yield outcome
-        except Exception as error:  # whose fault it is shows when each runs alone
+        except FAULTS as error:  # whose fault it is shows when each runs alone
             several = f"{len(left)} jobs do not train together, and run one by one"
             what = several if len(left) > 1 else "1 job does not train in a stack, and runs by itself"
             print(f"{what}: {one_line(error)}", file=sys.stderr)
@@ -100,10 +128,15 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
         yield run_job(job, settings)
 
 
+@_surroundings()
+def _next(outcomes: Iterator[Outcome]) -> Outcome | None:
+    return next(outcomes, None)
+
+
 def _stacks(job: Job) -> bool:
     try:
         return why_alone(job) is None
-    except Exception:  # its detector cannot be made here, as its record will say
+    except FAULTS:  # its detector cannot be made here, as its record will say
         return False
 
 
@@ -117,7 +150,7 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
             status = watched.enter_context(JobStatus(settings.status, job))
             try:
                 cell = Cell(job, data_root=settings.data_root, device=str(device))
-            except Exception as error:  # its own affair, as in `run_job`
+            except FAULTS as error:  # its own affair, as in `run_job`
                 yield _failed(job, error, time.perf_counter() - began, settings)
                 continue
             status.images = len(cell.split.train)
@@ -140,7 +173,7 @@ def _run_stack(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
                     raise member.error
                 outcome = cell.outcome(seconds)
                 check_storable(outcome.record)
-            except Exception as error:
+            except FAULTS as error:
                 failures.append(_failed(cell.job, error, seconds, settings))
             else:
                 yield outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,6 +54,49 @@ class Slow(Sound):
         with (Path(os.environ["BENCH_TEST_FOLDER"]) / "fits").open("a") as file:
             file.write(f"{seed}\n")
         super()._fit(images, seed=seed, **options)
+
+
+class Exits(Sound):
+    """Ends its process, or so it thinks."""
+
+    def _fit(self, images, **options):
+        sys.exit(0)
+
+
+class ExitsAfterTraining(AutoencoderRecipe):
+    """Likewise, and trains in a stack before."""
+
+    def score(self, networks, images):
+        sys.exit(0)
+
+
+class Unspeakable(Sound):
+    """Raises what has no text."""
+
+    def _fit(self, images, **options):
+        class Fault(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        raise Fault
+
+
+class Wanders(Sound):
+    """Changes its process for everybody, and prints."""
+
+    def _fit(self, images, **options):
+        super()._fit(images, **options)
+        os.chdir("/")
+        torch.set_default_dtype(torch.float64)
+        print("printed by a detector")
+
+
+class Forks(Sound):
+    """Forks, and lets both processes go on."""
+
+    def _fit(self, images, **options):
+        super()._fit(images, **options)
+        Forks.child = os.fork()
 
 
 class Describes(Sound):

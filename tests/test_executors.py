@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from sweeps import alone, jobs, start, store_in, wait_for
 
 from ganomaly_plugin.claims import Claims
@@ -117,6 +118,26 @@ def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(
     assert [outcome.record.job for outcome in outcomes] == list(todo)
     assert {outcome.record.status for outcome in outcomes} == {"done"}
     assert "2 jobs do not train together, and run one by one: MemoryError: no room for so many" in capsys.readouterr().err
+
+
+def test_what_a_job_does_to_its_process_is_its_own_affair(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path.cwd(), torch.get_default_dtype()
+    stack = jobs("crashing_detectors:ExitsAfterTraining[features=2,latent_dim=2]", classes="0,1")
+    single = jobs(*(f"crashing_detectors:{name}" for name in ("Exits", "Unspeakable", "Wanders")), "mean_intensity")
+    errors = []
+    for chunk in (tuple(stack), *((job,) for job in single)):
+        errors += [outcome.record.error for outcome in run_chunk(chunk, SETTINGS)]
+        assert (Path.cwd(), torch.get_default_dtype()) == before
+    assert errors == [*["SystemExit: 0"] * 3, "Fault", None, None]
+    printed = capsys.readouterr()
+    assert not printed.out and "printed by a detector" in printed.err
+
+
+def test_a_job_that_forks_is_done_once() -> None:
+    (job,) = jobs("crashing_detectors:Forks")
+    (outcome,) = run_chunk((job,), SETTINGS)
+    assert outcome.record.status == "done"
+    assert os.waitpid(sys.modules["crashing_detectors"].Forks.child, 0)[1] == 0
 
 
 @pytest.mark.slow
