@@ -14,16 +14,17 @@ from conftest import blobs
 
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.config import Experiment, expand
-from ganomaly_plugin.detectors.anomalib_models import AnomalibDetector, is_download_error
+from ganomaly_plugin.detectors.anomalib_models import AnomalibDetector, _is_model, is_download_error
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.selection import Selection, parse_selection
 
 PADIM: dict[str, Any] = {"pre_trained": False, "image_size": 32, "layers": ["layer1"], "n_features": 8}
+DFKDE: dict[str, Any] = {"pre_trained": False, "image_size": 32, "layers": ["layer1"], "n_pca_components": 4}
 GANOMALY: dict[str, Any] = {"n_features": 4, "image_size": 32, "batch_size": 8, "input_range": (-1.0, 1.0)}
 
 
-@pytest.mark.parametrize(("name", "hparams"), [("Padim", PADIM), ("Ganomaly", GANOMALY)])
+@pytest.mark.parametrize(("name", "hparams"), [("Padim", PADIM), ("Ganomaly", GANOMALY), ("Dfkde", DFKDE)])
 def test_a_seed_gives_one_detector_which_a_file_keeps(name: str, hparams: dict[str, Any], tmp_path: Path) -> None:
     images, before = blobs(16), torch.get_rng_state()
     first, second, other = (make_detector(f"anomalib:{name}", **hparams).fit(images, seed=s, epochs=1) for s in (1, 1, 2))
@@ -36,6 +37,15 @@ def test_a_seed_gives_one_detector_which_a_file_keeps(name: str, hparams: dict[s
     again = load_detector(tmp_path / "model.pt")
     np.testing.assert_allclose(scores, again.score(images), rtol=1e-6)
     assert again.hparams == first.hparams and first.describe()["class_path"] == f"anomalib.models.{name}"
+
+
+def test_every_model_can_be_made_from_its_own_hyperparameters() -> None:
+    """As jobs and saved files do; nothing is built yet, so that no weights are wanted."""
+    import anomalib.models as models
+
+    for name in (name for name in models.__all__ if _is_model(getattr(models.image, name, None), models.AnomalibModule)):
+        again = make_detector(f"anomalib:{name}", **make_detector(f"anomalib:{name}").hparams)  # "./x" has become a path
+        assert make_detector(f"anomalib:{name}", **again.hparams).hparams == again.hparams
 
 
 def test_scores_are_raw_and_do_not_depend_on_the_other_images() -> None:
@@ -93,6 +103,7 @@ def test_what_a_callback_raises_stays_what_it_is(raised: BaseException) -> None:
         ("anomalib:Padimm", {}, "Did you mean 'Padim'"),
         ("anomalib:Padim", {"backbon": "resnet18"}, "Did you mean 'backbone'"),
         ("anomalib:Padim", {"n_features": "many"}, "n_features must be"),
+        ("anomalib:CFM", {"lr": "fast"}, "lr must be float"),  # beside a Path that anomalib imports for type checkers only
         ("anomalib:Padim", {"image_size": 0}, "image_size must be at least 1"),
         ("anomalib:Ganomaly", {"batch_size": 0}, "batch_size must be at least 1"),
         ("anomalib:Ganomaly", {"input_range": [1, 0]}, "low < high"),

@@ -8,7 +8,6 @@ anomalib is imported inside the functions, since it takes seconds.
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import inspect
 import logging
@@ -24,6 +23,7 @@ from torch import Tensor
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, check_known, one_line
+from ganomaly_plugin.hparams import canonical_hparams
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.seeding import seeded
 
@@ -78,7 +78,7 @@ class AnomalibDetector(BaseDetector):
         """Our options and the model's init arguments, defaults filled in."""
         ours = {"image_size": self.image_size, "batch_size": self.batch_size, "input_range": self.input_range}
         own = {**_init_defaults(self.model_name), **self.init_args}
-        return {name: _plain(value) for name, value in {**own, **ours}.items()}
+        return {name: _plain(value) for name, value in canonical_hparams(type(self), {**own, **ours}).items()}
 
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
         from ganomaly_plugin.detectors.anomalib_data import AfterEpoch, ImagesInMemory, make_engine
@@ -259,13 +259,21 @@ def _is_model(value: Any, base: type) -> bool:
 def _init_parameters(name: str) -> dict[str, inspect.Parameter]:
     """The init arguments of an anomalib model that users may set, with types instead of text as annotations."""
     init = _model_class(name).__init__
-    hints = get_type_hints(init)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints.get(p.name, Any))
+        p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_type_of(p, inspect.unwrap(init).__globals__))
         for p in inspect.signature(init).parameters.values()
         if p.kind in kinds and p.name != "self" and p.name not in _COMPONENTS
     }
+
+
+def _type_of(parameter: inspect.Parameter, known: dict[str, Any]) -> Any:
+    """The type that an annotation means; Any where there is none, or it is imported for type checkers only."""
+    alone = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    try:
+        return Any if parameter.annotation is parameter.empty else get_type_hints(alone, known)[parameter.name]
+    except NameError:
+        return Any
 
 
 def _init_defaults(name: str) -> dict[str, Any]:
@@ -274,8 +282,6 @@ def _init_defaults(name: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A hyperparameter as a JSON value; what has none, such as a module, as its text."""
-    if isinstance(value, enum.Enum):
-        return _plain(value.value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
