@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -97,6 +98,14 @@ class Forks(Sound):
     def _fit(self, images, **options):
         super()._fit(images, **options)
         Forks.child = os.fork()
+
+
+class Interrupts(Sound):
+    """Raises what means Ctrl-C, and leaves a thread that never ends."""
+
+    def _fit(self, images, **options):
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+        raise KeyboardInterrupt("from a detector")
 
 
 class Describes(Sound):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import pytest
 import torch
 from sweeps import alone, jobs, start, store_in, wait_for
 
-from ganomaly_plugin.claims import Claims
+from ganomaly_plugin.claims import Claims, is_alive
 from ganomaly_plugin.core import Chunk, Executor, Outcome
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.executors import local
+from ganomaly_plugin.executors import local, worker
 from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
+from ganomaly_plugin.executors.processes import descendants, interrupts_blocked, kill_with_descendants
 from ganomaly_plugin.executors.tries import NODE_TRIES, Tries
 from ganomaly_plugin.runner import Settings, failure, make_plan, run_chunk, run_job, sweep
 from ganomaly_plugin.store import Store, read_record
@@ -70,7 +73,7 @@ def outcomes_of(executor: Executor, chunks: Iterable[Chunk]) -> dict[str, Outcom
 
 
 def test_every_job_has_one_outcome_and_it_is_the_same_anywhere(make: Make) -> None:
-    forks = ["crashing_detectors:StartsProcesses"] if make.kind == "local" else []  # what Ray's workers fork is Ray's affair
+    forks = [f"crashing_detectors:{name}" for name in ("StartsProcesses", "Forks") if make.kind == "local"]  # else Ray's affair
     todo = jobs("mean_intensity", "pca", "ae[features=2]", *forks, "faulty_detectors:NanScores", classes="0,1")
     found = outcomes_of(make(), [tuple(todo[:4]), *((job,) for job in todo[4:])])
     assert list(found) and found.keys() == {job.key for job in todo}
@@ -138,6 +141,73 @@ def test_a_job_that_forks_is_done_once() -> None:
     (outcome,) = run_chunk((job,), SETTINGS)
     assert outcome.record.status == "done"
     assert os.waitpid(sys.modules["crashing_detectors"].Forks.child, 0)[1] == 0
+
+
+def test_what_a_job_does_to_its_worker_is_its_own_affair(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prints, interrupts, after = jobs("crashing_detectors:Wanders", "crashing_detectors:Interrupts", "mean_intensity")
+    executor = make_executor(Where(workers=1, retries=1), LOST, store_in(folder))
+    found = outcomes_of(executor, [(prints,), (interrupts,), (after,)])
+    errors = [found[job.key].record.error for job in (prints, interrupts, after)]
+    assert errors == [None, "KeyboardInterrupt: from a detector", None]
+    printed = capfd.readouterr()
+    assert not printed.out and "printed by a detector" in printed.err and "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("sent", ["no pickle", "no outcome", "another job's"])
+def test_a_worker_that_cannot_be_understood_is_lost(sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_GRACE", 0.1)
+    ours, theirs = get_context("fork").Pipe()
+    process = get_context("fork").Process(target=time.sleep, args=(1000,))
+    process.start()
+    mine, other = jobs("mean_intensity", "pca")
+    worker = local._Worker(None, alone, None, left=[mine], process=process, pipe=ours)
+    theirs.send_bytes(b"?") if sent == "no pickle" else theirs.send(None if sent == "no outcome" else LOST(other, "", 0.0))
+    assert not list(worker.receive()) and not worker.is_alive()
+    assert re.match("its worker process was killed: it could no longer be understood .*Error", worker.death())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing says what a process started")
+def test_what_a_job_started_ends_with_its_worker() -> None:
+    process = get_context("fork").Process(target=subprocess.run, args=(["sh", "-c", "sleep 1000; true"],))
+    process.start()
+    wait_for(lambda: len(descendants(process.pid)) == 2)
+    below = descendants(process.pid)
+    kill_with_descendants(process)
+    wait_for(lambda: not any(map(is_alive, [process.pid, *below])))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends at the next turn of a thread")
+def test_a_worker_that_gives_no_thread_a_turn_ends_with_its_runner() -> None:
+    script = """if True:
+        import os, re, signal
+        from ganomaly_plugin.executors.processes import end_with_parent
+        parent = os.getpid()
+        if os.fork() == 0:
+            end_with_parent(parent)
+            print(os.getpid(), flush=True)
+            re.match("(a+)+b", "a" * 60)
+        signal.pause()
+    """
+    runner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(runner.stdout.readline())
+    runner.kill()
+    runner.wait()
+    wait_for(lambda: not is_alive(pid))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
+def test_ctrl_c_waits_for_a_worker_to_be_ready() -> None:
+    script = """if True:
+        import os, signal
+        from ganomaly_plugin.executors.processes import let_interrupts_in
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda *_: print("heard", flush=True))
+        let_interrupts_in()
+    """
+    with interrupts_blocked():
+        worker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert worker.communicate()[0] == "heard\n" and worker.returncode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.slow
@@ -227,7 +297,7 @@ def test_it_is_the_job_s_own_gpu_that_is_asked_whether_it_goes_on(monkeypatch: p
     asked: list[str | None] = []
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.synchronize", asked.append)
-    assert not any(map(local._device_is_broken, ("cuda:1", "cuda", "cpu"))) and asked == ["cuda:1", "cuda", None]
+    assert not any(map(worker._device_is_broken, ("cuda:1", "cuda", "cpu"))) and asked == ["cuda:1", "cuda", None]
 
 
 @pytest.mark.slow

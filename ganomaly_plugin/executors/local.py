@@ -17,10 +17,11 @@ from multiprocessing import connection, get_context
 from typing import Any
 
 from ganomaly_plugin.core import Chunk, Job, Outcome
+from ganomaly_plugin.errors import one_line
+from ganomaly_plugin.executors.processes import interrupts_blocked, kill_with_descendants
 from ganomaly_plugin.executors.tries import Lost, Tries
+from ganomaly_plugin.executors.worker import BROKEN, READY, Raised, serve
 
-_READY = "ready"  # a worker's first message
-_BROKEN = "broken"  # and one before its last outcome, when its GPU refuses to go on
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GRACE = 2.0  # seconds that a worker has to end by itself
 _LOOK = 0.5  # seconds between looks at the clock
@@ -109,6 +110,9 @@ class LocalExecutor:
         if late:
             worker.kill()
             why = f"it took longer than --timeout {self.timeout:g} s and was killed"
+        elif worker.raised is not None:
+            worker.kill()
+            why = worker.raised
         elif not worker.is_alive():
             why = worker.death()
         elif not worker.ready and seconds > _START:
@@ -117,7 +121,7 @@ class LocalExecutor:
         else:
             return
         yield from worker.receive()  # what it sent with its last breath
-        chunks, failed = self.tries.settle(worker.chunk, worker.left, why, seconds, final=late)
+        chunks, failed = self.tries.settle(worker.chunk, worker.left, why, seconds, final=late or worker.raised is not None)
         worker.forget()
         again.extend(chunks)
         yield from failed
@@ -162,6 +166,8 @@ class _Worker:
     since: float = 0.0  # when the chunk at hand began, or the process that is to run it
     ready: bool = False  # it has imported what it needs
     broken: bool = False  # it ends, since its GPU refuses to go on
+    raised: str | None = None  # what the chunk at hand ended with that is no outcome
+    garbled: str | None = None  # what was wrong with what came through the pipe
     recording: bool = False  # the chunk at hand is a stack, trained as a whole, of which the first outcomes have come
     process: Any = None
     pipe: Any = None
@@ -178,13 +184,14 @@ class _Worker:
             self.pipe.close()
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.ready = self.broken = False
+        self.ready, self.broken, self.raised, self.garbled = False, False, None, None
         changed = {} if self.threads is None else dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         if self.slot is not None:
             changed["CUDA_VISIBLE_DEVICES"] = self.slot
+        in_main = threading.current_thread() is threading.main_thread()  # which lives as long as this process
         # Not a daemon: a job may start processes of its own.
-        process = context.Process(target=serve, args=(theirs, self.run, self.threads, os.getpid()))
-        with _environment(changed):  # set before the worker imports anything
+        process = context.Process(target=serve, args=(theirs, self.run, self.threads, os.getpid(), in_main))
+        with _environment(changed), interrupts_blocked():  # set before the worker imports anything
             process.start()
         self.process = process
         _started[process] = os.getpid()
@@ -200,14 +207,18 @@ class _Worker:
             recording, self.recording = self.recording, False  # in case Ctrl-C comes in the middle of a message
             try:
                 message = self.pipe.recv()
-            except (EOFError, OSError):
+                if message not in (READY, BROKEN) and not isinstance(message, Raised):
+                    self.left.remove(message.record.job)
+            except Exception as error:  # it died, a job closed the pipe, or another process that has it wrote into it
+                self._give_up(one_line(error))
                 return
-            if message == _READY:
+            if message == READY:
                 self.ready, self.since = True, time.monotonic()
-            elif message == _BROKEN:
+            elif message == BROKEN:
                 self.broken = True
+            elif isinstance(message, Raised):
+                self.raised = message.text
             else:
-                self.left.remove(message.record.job)
                 self.recording = recording or message.record.notes.get("describe", {}).get("trainer") == "stacked"
                 yield message
 
@@ -217,11 +228,20 @@ class _Worker:
         except (EOFError, OSError):
             return False
 
+    def _give_up(self, why: str) -> None:
+        """End a worker that can no longer be understood, unless it is about to end by itself."""
+        self.process.join(_GRACE)
+        if self.process.is_alive():
+            self.garbled = why
+            self.kill()
+
     def is_alive(self) -> bool:
         return bool(self.process.is_alive())
 
     def death(self) -> str:
         """Why the process ended, for people."""
+        if self.garbled is not None:
+            return f"its worker process was killed: it could no longer be understood ({self.garbled})"
         self.process.join(_GRACE)
         code = self.process.exitcode
         if code is not None and code < 0:
@@ -231,7 +251,7 @@ class _Worker:
         return f"its worker process ended with exit code {code}"
 
     def kill(self) -> None:
-        self.process.kill()
+        kill_with_descendants(self.process)
         self.process.join(_GRACE)
 
     def forget(self) -> None:
@@ -243,12 +263,11 @@ class _Worker:
         if self.process is None:
             return
         if self.left:
-            self.process.kill()
+            kill_with_descendants(self.process)
         self.pipe.close()
         self.process.join(_GRACE)
         if self.process.is_alive():
-            self.process.kill()
-            self.process.join(_GRACE)
+            self.kill()
 
 
 #: Worker processes, and the process that started each.
@@ -260,7 +279,7 @@ def _kill_left() -> None:
     """Kill the workers of a runner that ends otherwise than by `map`: nobody has told them to end."""
     for process, runner in list(_started.items()):
         if runner == os.getpid():
-            process.kill()
+            kill_with_descendants(process)
 
 
 def _being_recorded(workers: Iterable[_Worker]) -> Iterator[Outcome]:
@@ -274,71 +293,6 @@ def _being_recorded(workers: Iterable[_Worker]) -> Iterator[Outcome]:
         connection.wait([item for worker in at_it for item in worker.signs()], timeout=_LOOK)
         for worker in at_it:
             yield from worker.receive()
-
-
-def serve(pipe: Any, run: Callable[[Chunk], Iterable[Outcome]], threads: int | None, parent: int) -> None:
-    """A worker's life: take a chunk, send its outcomes, until the pipe closes."""
-    # Ctrl-C and the end are for the runner, which decides about its workers. Not SIG_IGN: what a job starts would inherit it.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    if hasattr(os, "register_at_fork"):
-        _let_forks_be_ended()
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    try:
-        pipe.send(_READY)
-        while True:
-            chunk = pipe.recv()
-            for outcome in run(chunk):
-                record = outcome.record
-                doubtful = record.status == "failed" or "samples" in record.notes
-                broken = doubtful and _device_is_broken(str(record.environment["device"]))
-                if broken:
-                    pipe.send(_BROKEN)
-                if not broken or record.status == "done" or len(chunk) == 1:
-                    pipe.send(outcome)  # of several jobs, whose fault a failure was shows when each runs alone
-                if broken:
-                    os._exit(1)
-    except (EOFError, OSError):
-        return
-
-
-def _let_forks_be_ended() -> None:
-    """What a job forks shall end when the job tells it to: SIGTERM means there what it means to any process."""
-
-    def block(how: int = signal.SIG_BLOCK) -> None:  # one that comes before the child has its own handler waits
-        signal.pthread_sigmask(how, {signal.SIGTERM})
-
-    def in_child() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        block(signal.SIG_UNBLOCK)
-
-    os.register_at_fork(before=block, after_in_parent=lambda: block(signal.SIG_UNBLOCK), after_in_child=in_child)
-
-
-def _device_is_broken(device: str) -> bool:
-    """Whether CUDA refuses everything in this process from now on, as it does after an illegal access or a failed assertion.
-
-    `device` is that of the job; of one on the CPU the GPU is asked that its detector may have used all the same.
-    """
-    import torch
-
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize(device if device.startswith("cuda") else None)
-    except RuntimeError:
-        return True
-    return False
-
-
-def _follow(parent: int) -> None:
-    """End this process when the runner is gone, also in the middle of a job."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 @contextlib.contextmanager
