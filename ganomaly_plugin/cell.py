@@ -93,6 +93,8 @@ class Cell:
         test = self.dataset.images[split.test]
         metrics |= _pixel_metrics(detector, test, self.dataset, split, notes)
         arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
+        if self.dataset.files is not None:
+            arrays["test_file"] = self.dataset.files[split.test]
         arrays |= named_arrays(*facts.named_scores(detector, self.name, test, self.dataset.images[reference_index]))
         try:
             images = sample(detector, test, split.is_anomaly, score)

@@ -156,7 +156,7 @@ class Store:
             return [read_record(path) for path in paths if not path.name.startswith(".")]  # ._NAME is a system's own
 
     def scores(self, job: Job) -> dict[str, np.ndarray]:
-        """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`.
+        """The arrays of a done job: `score`, `is_anomaly`, `test_index`, `reference_score`, and of image files `test_file`.
 
         Raises:
             CorruptFile: The file is missing, damaged, or not the one that its record vouches for.

@@ -430,7 +430,7 @@ IMAGES, LABELS = np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 1])
         (ImageDataset("m", IMAGES, -LABELS, ("a", "b")), "labels span [-1, 0]"),
         (ImageDataset("m", IMAGES, LABELS, (0, 1)), "classes are not names that differ, but (0, 1)"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "a")), "classes are not names that differ"),
-        (ImageDataset("m", IMAGES, LABELS, ("a", "mean")), "a class is called 'mean'"),
+        (ImageDataset("m", IMAGES, LABELS, ("a", "b"), files=LABELS), "its files are no array of text (4,)"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "b"), anomaly_classes=("c",)), "anomaly_classes ('c',) are not all"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "b"), LABELS), "is_test is no array of bool (4,)"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "b"), masks=IMAGES > 0), "masks is no array of bool (4, 8, 8)"),

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_measures import fill, outcome
 
-from ganomaly_plugin import load_results
+from ganomaly_plugin import load_results, read_images
 from ganomaly_plugin.core import Outcome, RunRecord
+from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.groups import groups
 from ganomaly_plugin.samples import KINDS, choose, sample
@@ -44,6 +46,26 @@ def test_frames_and_tables(tmp_path: Path) -> None:
         results.table("auroc", dataset="mnist")
     with pytest.raises(InvalidInput, match="not a results folder"):
         load_results(tmp_path)
+
+
+def test_scores_name_the_file_of_each_test_image(tmp_path: Path, bench) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20), dtype=np.uint8)
+    places = [f"{kind}/{k} ü.png" for kind, n in (("train/good", 6), ("test/good", 3), ("test/mean", 3)) for k in range(n)]
+    for place, image in zip(places, pixels, strict=True):
+        (tmp_path / "parts" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "parts" / place)
+    name = f"folder:{tmp_path / 'parts'}"
+    for dataset, category in ((f"{name}[defects=each]", "mean"), ("digits", 0)):
+        words = ["run", "--models", "mean_intensity", "--datasets", dataset, "--classes", category, "--image_size", 16]
+        code, _, err = bench(*words, "--executor", "inline", "--data-root", tmp_path, "--out", tmp_path / "out")
+        assert code == 0, err
+    scores = load_results(tmp_path / "out").scores
+    assert set(scores[scores["dataset"] == "digits"]["file"]) == {""}
+    mine = scores[scores["dataset"] != "digits"]
+    assert sorted(mine["file"]) == sorted(places[6:]) and set(mine["class"]) == {"class mean"}
+    assert set(mine[mine["is_anomaly"]]["file"]) == set(places[9:])
+    images = load_dataset(name, root=tmp_path, image_size=16, defects="each").images[mine["test_index"]]
+    np.testing.assert_array_equal(read_images([tmp_path / "parts" / place for place in mine["file"]], (1, 16, 16)), images)
 
 
 def test_labels_that_cannot_be_read_leave_figures_and_names(tmp_path: Path, bench) -> None:

@@ -104,9 +104,9 @@ def test_weights_are_how_often_an_image_is_there() -> None:
     truth = rng.random(40) < 0.4
     score = np.round(rng.normal(truth, 1), 1)  # with ties
     weights = rng.integers(0, 4, (5, 40))
-    for found, times in zip(weighted_aurocs(truth, score, weights), weights, strict=True):
+    for found, times in zip(weighted_aurocs(truth, score, weights.T), weights, strict=True):
         assert found == pytest.approx(auroc(np.repeat(truth, times), np.repeat(score, times)))
-    assert np.isnan(weighted_aurocs(truth, score, truth[None].astype(float))).all()
+    assert np.isnan(weighted_aurocs(truth, score, truth[:, None].astype(float))).all()
 
 
 def scores_of(truth: np.ndarray, score: np.ndarray, first: int = 0, source: str = "") -> JobScores:

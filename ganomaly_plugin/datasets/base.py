@@ -40,6 +40,7 @@ class ImageDataset:
         masks: `(n, h, w)` bool, the anomalous pixels, where the data set has them.
         source: Provenance for the record: files, checksums, skipped images, licence.
         has_mask: `(n,)` bool, which anomalous images have their mask in `masks`; None: all.
+        files: `(n,)` text, the file of each image, where the data set is of files.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ImageDataset:
     masks: np.ndarray | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     has_mask: np.ndarray | None = None
+    files: np.ndarray | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -168,14 +170,16 @@ def _faults(made: ImageDataset) -> Iterator[str]:
         yield f"its classes are not names that differ, but {classes!r}"
     if labels.min() < 0 or labels.max() >= len(classes):
         yield f"its labels span [{labels.min()}, {labels.max()}], and there are {len(classes)} classes, counted from 0"
-    if "mean" in classes:
-        yield "a class is called 'mean', as tables call the mean over the classes"
     if not set(made.anomaly_classes or ()) <= set(classes):
         yield f"its anomaly_classes {made.anomaly_classes!r} are not all among its classes"
     for part, shape in (("is_test", (n,)), ("has_mask", (n,)), ("masks", (n, *images.shape[2:]))):
         array = getattr(made, part)
         if array is not None and (not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != bool):
             yield f"its {part} is no array of bool {shape}"
+    if made.files is not None and (
+        not isinstance(made.files, np.ndarray) or made.files.shape != (n,) or made.files.dtype.kind != "U"
+    ):
+        yield f"its files are no array of text ({n},)"
 
 
 @functools.lru_cache(maxsize=4)

@@ -110,9 +110,9 @@ def stats(options: Any) -> int:
     made = [table for table in results.tables((options.metric,)) if table.metric == options.metric]  # not those beside AUROC
     shown, lacking = measured(made)
     tell([*lacking, *left_out(shown, options.baseline)])
-    for comparison in comparisons(results, made, baseline=options.baseline):
+    for comparison in comparisons(results, shown, baseline=options.baseline):
         print(comparison_text(comparison))
-    for protocol, tested, why in over_data_sets(made):
+    for protocol, tested, why in over_data_sets(shown):
         print(friedman_text(protocol, tested, why))
     return 0
 

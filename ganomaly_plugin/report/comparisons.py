@@ -11,6 +11,7 @@ import numpy as np
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, one_line, unknown
 from ganomaly_plugin.escape import printable
+from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.measures import METRICS, measured_frame
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.statistics import (
@@ -23,7 +24,7 @@ from ganomaly_plugin.report.statistics import (
     seed_interval,
     wilcoxon_pairs,
 )
-from ganomaly_plugin.report.tables import MEAN, Table
+from ganomaly_plugin.report.tables import Table
 from ganomaly_plugin.store import Store
 
 PAIRWISE_LIMIT = 10  # detectors; with more, Holm over all pairs leaves nothing, and a baseline must be named
@@ -156,8 +157,8 @@ def comparisons(results: Results, tables: Sequence[Table], *, baseline: str | No
     """A comparison for each of a folder's `tables` of one metric that has the row `baseline`; see `compare`."""
     found = {(*table.where, table.protocol): table for table in tables}
     for (dataset, data, protocol, sampling), records in results.groups():
-        table = found[dataset, data, sampling, protocol]
-        if baseline is None or baseline in table.rows:
+        table = found.get((dataset, data, sampling, protocol))
+        if table is not None and (baseline is None or baseline in table.rows):
             yield compare(results.store, records, table, seed_means(results, table), baseline=baseline)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from ganomaly_plugin.core import Job, RunRecord, canonical_json
 from ganomaly_plugin.errors import InvalidInput
 
 ANOMALY = "anomaly"  # the class that all defects of a category share
+MEAN = "mean"  # the column of tables beside those of the classes
 
 #: What rows of one table must share: AUROCs of different data or protocols do not compare.
 GROUP = ["dataset", "data", "protocol", "sampling"]
@@ -58,12 +60,19 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 
 
 def split_category(job: Job) -> tuple[dict[str, Any], str]:
-    """The data options and the class as tables show them: the categories of MVTec AD and its like are classes there."""
+    """The data options and the class as tables show them: the categories of MVTec AD and its like are classes there.
+
+    A class that is called as the column of the mean is has "class " before it.
+    """
     data = dict(job.data)
     part = str(data.pop("category", "") or "")
     if not part:
-        return dict(job.data), job.category
-    return data, part if job.category == ANOMALY else f"{part}/{job.category}"
+        return dict(job.data), _beside_mean(job.category)
+    return data, _beside_mean(part if job.category == ANOMALY else f"{part}/{job.category}")
+
+
+def _beside_mean(name: str) -> str:
+    return f"class {name}" if re.fullmatch(f"(class )*{MEAN}", name) else name
 
 
 def _flatten(prefix: str, values: Mapping[str, Any], row: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, check_known
-from ganomaly_plugin.report.frame import runs_frame, split_category
+from ganomaly_plugin.report.frame import MEAN, runs_frame, split_category
 from ganomaly_plugin.report.measures import measured_frame
 from ganomaly_plugin.report.results import Results
-from ganomaly_plugin.report.tables import MEAN, Table, describe_data, make_tables
+from ganomaly_plugin.report.tables import Table, describe_data, make_tables
 from ganomaly_plugin.selection import Selection, parse_label, show
 
 

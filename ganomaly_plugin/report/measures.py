@@ -25,7 +25,8 @@ class Metric:
     """One measure of a job.
 
     Attributes:
-        title: For captions; `{fpr}` stands for the false-positive rate that sets the threshold.
+        title: For captions; `{fpr}` stands for the false-positive rate that sets the threshold, `{epoch}` for the epoch
+            that the scores are of.
         higher_is_better: Its direction.
         measure: How it is taken from scores; None: only the record has it (maps and epochs are not stored).
     """
@@ -36,24 +37,24 @@ class Metric:
 
 
 METRICS = {
-    "auroc": Metric("AUROC, last epoch", measure=lambda truth, score, _, __: auroc(truth, score)),
-    "auprc": Metric("AUPRC, last epoch", measure=lambda truth, score, _, __: auprc(truth, score)),
+    "auroc": Metric("AUROC, {epoch}", measure=lambda truth, score, _, __: auroc(truth, score)),
+    "auprc": Metric("AUPRC, {epoch}", measure=lambda truth, score, _, __: auprc(truth, score)),
     "f1": Metric(
-        "F1 at the threshold for a false-positive rate of {fpr:g} on reference images, last epoch",
+        "F1 at the threshold for a false-positive rate of {fpr:g} on reference images, {epoch}",
         measure=lambda truth, score, reference, fpr: f1_at(truth, score, threshold_at(reference, fpr)),
     ),
     "fpr95": Metric(
-        "false-positive rate where 95 % of the anomalies are found (lower is better), last epoch",
+        "false-positive rate where 95 % of the anomalies are found (lower is better), {epoch}",
         higher_is_better=False,
         measure=lambda truth, score, _, __: fpr_at_tpr(truth, score),
     ),
     "eer": Metric(
-        "equal error rate (lower is better), last epoch",
+        "equal error rate (lower is better), {epoch}",
         higher_is_better=False,
         measure=lambda truth, score, _, __: equal_error_rate(truth, score),
     ),
-    "pixel_auroc": Metric("pixel AUROC of the anomaly maps, last epoch"),
-    "aupro": Metric("AUPRO (to a false-positive rate of 0.3) of the anomaly maps, last epoch"),
+    "pixel_auroc": Metric("pixel AUROC of the anomaly maps, {epoch}"),
+    "aupro": Metric("AUPRO (to a false-positive rate of 0.3) of the anomaly maps, {epoch}"),
     "auroc_oracle": Metric("AUROC, best test epoch (ORACLE: the epoch is chosen on the test set; not a result)"),
 }
 

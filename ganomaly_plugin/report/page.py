@@ -23,9 +23,10 @@ from ganomaly_plugin.report.figures.losses import losing, loss
 from ganomaly_plugin.report.figures.sheets import Sheet, by_class, png, sheets
 from ganomaly_plugin.report.figures.speed import speed
 from ganomaly_plugin.report.figures.style import PAGE, Canvas, Drawing, inline_svg
+from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.groups import Group, label
 from ganomaly_plugin.report.published import against_published
-from ganomaly_plugin.report.tables import MEAN, Table, leaks
+from ganomaly_plugin.report.tables import Table, leaks
 from ganomaly_plugin.report.writers import caption, cell_text
 
 NARROW, WIDE = 3.6, 10.5  # inches; a page scales figures to its width

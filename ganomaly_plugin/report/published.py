@@ -11,7 +11,8 @@ from importlib import resources
 import pandas as pd
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.tables import ALL, MEAN, Reference, Table
+from ganomaly_plugin.report.frame import MEAN
+from ganomaly_plugin.report.tables import ALL, Reference, Table
 
 _COMPARED = ("auroc", "auroc_oracle")  # what the literature reports; it seldom says which of the two
 

@@ -12,9 +12,9 @@ import pandas as pd
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, check_known
-from ganomaly_plugin.report.frame import GROUP, runs_frame, split_category
+from ganomaly_plugin.report.frame import GROUP, MEAN, runs_frame, split_category
 from ganomaly_plugin.report.measures import DEFAULT_FPR, measured_frame
-from ganomaly_plugin.report.tables import MEAN, Table, make_tables
+from ganomaly_plugin.report.tables import Table, make_tables
 from ganomaly_plugin.report.writers import caption, cell_text, rank_cell, reference_cells
 from ganomaly_plugin.store import Store
 
@@ -53,7 +53,8 @@ class Results:
     def scores(self) -> pd.DataFrame:
         """One row a test image of a finished job.
 
-        Columns: key, detector, dataset, protocol, class, seed, test_index, is_anomaly, score.
+        Columns: key, detector, dataset, protocol, class, seed, test_index (the image's place in the data set), is_anomaly and
+        score; where a data set is of files also file ("" for others).
         """
         parts = []
         for record in self.records:
@@ -62,8 +63,11 @@ class Results:
             job, arrays = record.job, self.store.scores(record.job)
             named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
             named |= {"class": split_category(job)[1], "seed": job.seed}  # type: ignore[dict-item]
-            parts.append(pd.DataFrame({name: arrays[name] for name in ("test_index", "is_anomaly", "score")}).assign(**named))
+            found = {name: arrays[name] for name in ("test_index", "is_anomaly", "score")}
+            parts.append(pd.DataFrame({**found, "file": arrays.get("test_file", "")}).assign(**named))
         columns = [*_WHERE, "test_index", "is_anomaly", "score"]
+        if any((part["file"] != "").any() for part in parts):
+            columns.append("file")
         return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
     @functools.cached_property

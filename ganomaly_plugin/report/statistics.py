@@ -39,15 +39,16 @@ class JobScores:
 
 
 def weighted_aurocs(is_anomaly: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROCs `(r,)` of test sets in which image i occurs `weights[:, i]` times, `(r, n)`; NaN where a kind is missing."""
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])  # of equal scores
-    drawn = weights[:, order]
-    normal = np.add.reduceat(drawn * ~is_anomaly[order], starts, axis=1)
-    anomalous = np.add.reduceat(drawn * is_anomaly[order], starts, axis=1)
-    below = np.cumsum(normal, axis=1) - normal / 2  # normals below a score, ties half
+    """AUROCs `(r,)` of test sets in which image i occurs `weights[i]` times, `(n, r)`; NaN where a kind is missing."""
+    normal = np.flatnonzero(~is_anomaly)
+    normal = normal[np.argsort(score[normal], kind="stable")]
+    below = np.zeros((len(normal) + 1, weights.shape[1]), weights.dtype)  # row k: as often as the k lowest normals occur
+    np.cumsum(weights[normal], axis=0, out=below[1:])
+    anomalous = weights[is_anomaly]
+    low, high = (np.searchsorted(score[normal], score[is_anomaly], side=side) for side in ("left", "right"))
+    won = (anomalous * (below[low] + below[high])).sum(0, dtype=float) / 2  # ties half
     with np.errstate(invalid="ignore"):
-        return (anomalous * below).sum(1) / (normal.sum(1) * anomalous.sum(1))
+        return won / (below[-1] * anomalous.sum(0, dtype=float))
 
 
 def image_interval(jobs: Sequence[Sequence[JobScores]], *, replicates: int = 2000, seed: int = 0) -> Interval:
@@ -77,12 +78,13 @@ def image_interval(jobs: Sequence[Sequence[JobScores]], *, replicates: int = 200
         rng = np.random.default_rng([seed, number])
         step = max(1, HELD // len(images))
         for first in range(0, replicates, step):
-            weights = np.zeros((min(step, replicates - first), len(images)))
+            count = min(step, replicates - first)
+            weights = np.zeros((len(images), count), np.float32)  # whole numbers, and exact
             for part in range(stratum.max() + 1):
                 members = np.flatnonzero(stratum == part)
-                weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), len(weights))
+                weights[members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), count).T
             for (at, _, job), place in zip(mine, places, strict=True):
-                aurocs[at, first : first + len(weights)] = weighted_aurocs(job.is_anomaly, job.score, weights[:, place])
+                aurocs[at, first : first + count] = weighted_aurocs(job.is_anomaly, job.score, weights[place])
     class_of = np.array([k for k, _ in every])
     means = np.mean([aurocs[class_of == k].mean(0) for k in range(len(jobs))], axis=0)
     tail = 100 * (1 - CONFIDENCE) / 2

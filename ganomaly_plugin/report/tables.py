@@ -14,11 +14,10 @@ import pandas as pd
 from ganomaly_plugin.datasets.base import default_options
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.registry import is_registered
-from ganomaly_plugin.report.frame import GROUP, check_comparable
+from ganomaly_plugin.report.frame import GROUP, MEAN, check_comparable
 from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, check_metrics
 from ganomaly_plugin.selection import as_word
 
-MEAN = "mean"
 ALL = "all data sets"
 _WITH_AUROC = ("pixel_auroc", "aupro", "auroc_oracle")  # shown beside AUROC wherever records have them
 
@@ -208,7 +207,8 @@ def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str, fpr: f
     if metric in _WITH_AUROC:  # a method without epochs has no oracle, one without maps no pixel metric
         rows = [row for row in rows if any(cell.n for cell in cells[row].values())]
     kind = METRICS[metric]
-    title = kind.title.format(fpr=fpr)
+    chosen = (group.get("hparams.select", pd.Series(dtype=object)) == "normal-val").any()
+    title = kind.title.format(fpr=fpr, epoch="last epoch, or that which select=normal-val kept" if chosen else "last epoch")
     return Table(dataset, protocol, metric, title, tuple(rows), (*classes, MEAN), cells, kind.higher_is_better)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
@@ -12,8 +12,8 @@ from ganomaly_plugin.errors import CannotStore
 from ganomaly_plugin.escape import latex_escape, markdown_escape, printable, spreadsheet_safe
 from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
-from ganomaly_plugin.report.frame import runs_frame
-from ganomaly_plugin.report.tables import MEAN, Cell, Reference, Table, make_tables, summarise
+from ganomaly_plugin.report.frame import MEAN, runs_frame
+from ganomaly_plugin.report.tables import Cell, Reference, Table, make_tables, summarise
 from ganomaly_plugin.store import Store
 
 
@@ -75,40 +75,59 @@ def to_text(tables: Sequence[Table]) -> str:
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    r"""All tables as booktabs `table` environments, to `\input` in a paper; needs booktabs and graphicx."""
+    r"""All tables as booktabs `table` environments, to `\input` in a paper; needs booktabs and graphicx.
+
+    A table with more rows than a page has room for becomes several, all but the first of them "continued".
+    """
     blocks = ["% \\usepackage{booktabs,graphicx}"]
     for table in tables:
-        ranks = {column: table.ranks(column) for column in table.columns}
-        average = table.average_ranks()
         stacked = len(table.columns) > STACKED_FROM and table.seeds > 1
-        lines = [
-            r"\begin{table}[htbp]",
-            r"\centering",
-            rf"\caption{{{latex_escape('. '.join([caption(table), *notes(table)]))}}}",
-            r"\setlength{\tabcolsep}{4pt}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",  # smaller where it must be, never larger
-            rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + bool(average))}}}",
-            r"\toprule",
-            " & ".join(["detector", *map(latex_escape, table.columns), *([RANK] if average else [])]) + r" \\",
-            r"\midrule",
-        ]
-        for row in table.rows:
-            mine = {column: table.cells[row][column] for column in table.columns}
-            texts = [_latex_cell(cell, row, ranks[column], alone=stacked) for column, cell in mine.items()]
-            end = r" \\[-2pt]" if stacked else r" \\"
-            lines.append(" & ".join([latex_escape(row), *texts, *rank_cell(average, row)]) + end)
-            if stacked:  # many classes leave no room for the deviation beside the mean
-                spreads = [cell_text(cell, r"$\pm$").partition(r" $\pm$ ") for cell in mine.values()]
-                small = [rf"{{\scriptsize $\pm$ {rest}}}" if plus_minus else "" for _, plus_minus, rest in spreads]
-                lines.append(" & ".join(["", *small, *([""] if average else [])]) + r" \\[2pt]")
-        lines += [r"\midrule"] if table.references else []
-        for reference in table.references:
-            cells = [text.replace("–", "--") for text in reference_cells(table, reference)]
-            label = rf"\textit{{{latex_escape(reference.label)}}}"
-            lines.append(" & ".join([label, *cells, *([""] if average else [])]) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
-        blocks.append("\n".join(lines) + "\n")
+        average = table.average_ranks()
+        rows = [*_latex_rows(table, average, stacked=stacked), *_latex_references(table, average)]
+        room = LATEX_ROWS // 2 if stacked else LATEX_ROWS
+        for first in range(0, max(len(rows), 1), room):
+            words = [caption(table) + ", continued"] if first else [caption(table), *notes(table)]
+            lines = [
+                r"\begin{table}[htbp]",
+                r"\centering",
+                rf"\caption{{{latex_escape('. '.join(words))}}}",
+                r"\setlength{\tabcolsep}{4pt}",
+                r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",  # smaller where it must be, never larger
+                rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + bool(average))}}}",
+                r"\toprule",
+                " & ".join(["detector", *map(latex_escape, table.columns), *([RANK] if average else [])]) + r" \\",
+                r"\midrule",
+                *rows[first : first + room],
+                r"\bottomrule",
+                r"\end{tabular}}",
+                r"\end{table}",
+            ]
+            blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
+
+
+def _latex_rows(table: Table, average: dict[str, float], *, stacked: bool) -> Iterator[str]:
+    """Each row of `table`: one line, or two where many classes leave no room for the deviation beside the mean."""
+    ranks = {column: table.ranks(column) for column in table.columns}
+    for row in table.rows:
+        mine = {column: table.cells[row][column] for column in table.columns}
+        texts = [_latex_cell(cell, row, ranks[column], alone=stacked) for column, cell in mine.items()]
+        line = " & ".join([latex_escape(row), *texts, *rank_cell(average, row)])
+        if not stacked:
+            yield line + r" \\"
+            continue
+        spreads = [cell_text(cell, r"$\pm$").partition(r" $\pm$ ") for cell in mine.values()]
+        small = [rf"{{\scriptsize $\pm$ {rest}}}" if plus_minus else "" for _, plus_minus, rest in spreads]
+        yield line + r" \\[-2pt]" + "\n" + " & ".join(["", *small, *([""] if average else [])]) + r" \\[2pt]"
+
+
+def _latex_references(table: Table, average: dict[str, float]) -> Iterator[str]:
+    """The rows of the literature, a rule above the first."""
+    for k, reference in enumerate(table.references):
+        cells = [text.replace("–", "--") for text in reference_cells(table, reference)]
+        label = rf"\textit{{{latex_escape(reference.label)}}}"
+        rule = "" if k else "\\midrule\n"
+        yield rule + " & ".join([label, *cells, *([""] if average else [])]) + r" \\"
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -247,6 +266,7 @@ def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]], *, alone
 
 
 STACKED_FROM = 6  # columns; wider tables have the deviation below the mean
+LATEX_ROWS = 40  # lines, what a page has room for below a caption
 RANK = "rank"
 PLAIN_METRICS = ("auroc", "auprc")  # of the table files
 

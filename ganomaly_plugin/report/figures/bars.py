@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.figures.legend import clip, columns, drawn
+from ganomaly_plugin.report.figures.legend import LETTER, clip, columns, drawn
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
+from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.groups import Group
-from ganomaly_plugin.report.tables import MEAN
 
 THINNEST = 0.055  # inches a bar; with less the bars lie on their side, and the figure grows downwards
 TALLEST = 9.0  # inches
@@ -61,7 +61,9 @@ def _axes(axes: object, upright: bool, place: np.ndarray, columns: list[str], ca
     texts = [clip(column, 18) for column in columns]
     dotted = {"color": canvas.theme.muted, "linewidth": 0.8, "linestyle": (0, (1, 2))}
     if upright:
-        axes.set_xticks(place, texts, rotation=0 if sum(map(len, texts)) < 12 * canvas.width else 60)  # type: ignore[attr-defined]
+        slot = (canvas.width - 0.6) / (place[-1] + 1)  # inches
+        fits = max(map(len, texts)) * LETTER < slot
+        axes.set_xticks(place, texts, rotation=0 if fits else 60)  # type: ignore[attr-defined]
         axes.set(ylim=(0, 1), ylabel="AUROC", xlim=(-0.5, place[-1] + 0.5))  # type: ignore[attr-defined]
         axes.grid(visible=False, axis="x")  # type: ignore[attr-defined]
         axes.axhline(0.5, **dotted)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from ganomaly_plugin.report.figures.legend import drawn, key, line_style
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
-from ganomaly_plugin.report.groups import Group
+from ganomaly_plugin.report.groups import Group, class_of
 
 GRID = np.linspace(0, 1, 101)
 
@@ -64,10 +64,9 @@ def precision_recall(group: Group, canvas: Canvas) -> Drawing:
     chosen, note = drawn(group)
     figure = new_figure(canvas.width, 0.95 * canvas.width + 0.15 * len(chosen) + 0.3)
     axes = figure.subplots()
-    shares = [
-        r.counts["test_anomalous"] / (r.counts["test_normal"] + r.counts["test_anomalous"]) for r in group.jobs(chosen[0])
-    ]
-    chance = float(np.mean(shares))
+    finished = [record for name in group.detectors for record in group.jobs(name)]
+    tested = {(class_of(record), record.job.seed): record.counts for record in finished}  # alike for all detectors
+    chance = float(np.mean([n["test_anomalous"] / (n["test_normal"] + n["test_anomalous"]) for n in tested.values()]))
     axes.axhline(chance, color=canvas.theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
     means = {}
     for name in chosen:
