@@ -11,13 +11,20 @@ from ganomaly_plugin.datasets.synthetic_defects import DEFECTS, add_defect, text
 from ganomaly_plugin.errors import InvalidInput
 
 
-def test_every_test_image_has_a_defective_copy():
-    dataset = load_dataset("synthetic_defects", image_size=32)
+@pytest.mark.parametrize(("options", "tested", "trained"), [({}, 180, 420), ({"base": "digits"}, 389, 907)])
+def test_every_test_image_has_a_defective_copy(options, tested, trained):
+    dataset = load_dataset("synthetic_defects", image_size=32, **options)
     split = make_split(dataset, "one-anomalous/strict-v1", "defective", 0)
     normal, defective = dataset.images[split.test[~split.is_anomaly]], dataset.images[split.test[split.is_anomaly]]
-    assert len(normal) == len(defective) == 180 and len(split.train) + len(split.reference) == 420
+    assert len(normal) == len(defective) == tested and len(split.train) + len(split.reference) == trained
     changed = (normal != defective).mean((1, 2, 3))
     assert (changed > 0).all() and changed.mean() < 0.3
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_defect_that_cannot_show_is_an_error(kind):
+    with pytest.raises(InvalidInput, match=f"No defect of kind {kind} shows on an image with grey levels 0 to 0 only"):
+        add_defect(np.zeros((1, 16, 16), np.uint8), kind, np.random.default_rng(0))
 
 
 def test_a_seed_repeats_and_another_differs():
