@@ -46,6 +46,8 @@ def load_authors_checkpoint(
     channels = sizes.pop("channels")
     for key in sizes.keys() & hparams.keys():
         raise InvalidInput(f"{key} is told by the weights: {sizes[key]}. Leave it out.")
+    if sum(value.numel() for value in generator.values()) < sizes["features"] * sizes["latent_dim"]:
+        raise CorruptFile(f"{net_g} holds no GANomaly generator: its weights are too few for the sizes they tell.")
     detector = make_detector("ganomaly", **sizes, **hparams)
     assert isinstance(detector, RecipeDetector) and isinstance(detector.recipe, GanomalyRecipe)
     score_by = detector.recipe.score_by

@@ -246,8 +246,8 @@ def check_adam(lr: float, betas: tuple[float, float]) -> None:
     """Raise InvalidInput unless `lr` is positive and both betas lie in [0, 1)."""
     if not lr > 0:
         raise InvalidInput(f"lr must be positive, got {lr}.")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise InvalidInput(f"betas must lie in [0, 1), got {betas}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InvalidInput(f"betas must be two numbers in [0, 1), got {betas}.")
 
 
 def check_share(name: str, value: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, check_seed
 
 _DOUBLE = r'"(?:[^"\\]|\\.)*"'
 _QUOTED = rf"(?:{_DOUBLE}|'(?:[^']|'')*')"
@@ -233,16 +233,16 @@ def parse_seeds(value: Any) -> list[int]:
     """Seeds from 3, "0-2", "0,2,5-7" or a list of such.
 
     Raises:
-        InvalidInput: A part is not a whole number of at least 0 or a range of them.
+        InvalidInput: A part is not a whole number of 32 bits or a range of them.
     """
     parts: Iterable[Any] = value if isinstance(value, (list, tuple)) else str(value).split(",")
     seeds: list[int] = []
     for part in parts:
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", str(part))
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", str(part))
         if match is None or isinstance(part, bool):
             raise InvalidInput(f"Cannot read the seeds {value!r}. Write 3, 0-2 or 0,2,5-7.")
         first = int(match[1])
-        last = int(match[2] or first)
+        last = check_seed(int(match[2] or first))
         if last < first:
             raise InvalidInput(f"The seed range {str(part).strip()} runs backwards. Write {last}-{first}.")
         if last - first >= 10_000:

@@ -6,11 +6,12 @@ test scores. `tests/golden/README.md` describes the keys.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ LOSSES = ("adversarial", "contextual", "encoder", "generator", "discriminator")
 _NETWORKS = {"g": "generator", "d": "discriminator"}
 _CONFIG = {"image_size", "channels", "latent_dim", "features", "extra_layers", "batch_size", "lr", "betas"}
 _WEIGHTS = {"w_adv", "w_con", "w_enc"}
+_NUMBERS = ("init/", "final/", "batches", "losses", "test_")  # how the names of all that is compared or trained on begin
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,28 @@ def verify(path: str | os.PathLike[str], *, trainer: str = "plain", device: str 
     if trainer in WAYS:
         check_how(WAYS[trainer], target)
     recording = _read(as_path(path))
+    with _usable(path):
+        prepared = _prepare(recording)
+    with _usable(path, passed=() if target.type == "cpu" else (RuntimeError,)):  # a GPU's troubles say nothing of the file
+        return _compare(recording, *prepared, TRAINERS[trainer], target)
+
+
+@contextlib.contextmanager
+def _usable(path: str | os.PathLike[str], passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Errors inside, but those `passed` on, say that the recording at `path` cannot be used."""
     try:
-        return _compare(recording, TRAINERS[trainer], target)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise CorruptFile(f"{path} is not a usable recording: {one_line(error)}.") from error
+        yield
+    except passed:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
+        raise CorruptFile(f"{path} is not a usable recording: {one_line(error).rstrip('.')}.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidInput(f"No recording at {path}. Give a .npz file, such as tests/golden/gray32.npz.")
+    if not zipfile.is_zipfile(path):
+        raise CorruptFile(f"{path} is no .npz archive. Give a recording, such as tests/golden/gray32.npz.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -127,7 +142,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise CorruptFile(f"{path} is not a readable .npz recording ({one_line(error)}). Copy it again.") from error
 
 
-def _compare(recording: dict[str, Any], replay: Replayer, device: torch.device) -> list[Difference]:
+def _prepare(recording: dict[str, Any]) -> tuple[GanomalyRecipe, dict[str, torch.nn.Module], Tensor]:
+    """The recipe, its networks at their initial weights, and the batches `(steps, n, c, h, w)`."""
+    for key, value in recording.items():
+        if key.startswith(_NUMBERS) and value.dtype.kind not in "fiu":
+            raise ValueError(f"{key} holds {value.dtype} instead of real numbers")
     config = json.loads(str(recording["config"]))
     missing = sorted((_CONFIG | _WEIGHTS) - set(config))
     if missing:
@@ -148,7 +167,19 @@ def _compare(recording: dict[str, Any], replay: Replayer, device: torch.device) 
     batches = torch.from_numpy(recording["batches"])
     _check_shape("batches", batches, (len(batches), config["batch_size"], *chw))
     _check_shape("losses", recording["losses"], (len(batches), len(LOSSES)))
+    if not len(batches):
+        raise ValueError("it has no step")
+    return recipe, networks, batches
 
+
+def _compare(
+    recording: dict[str, Any],
+    recipe: GanomalyRecipe,
+    networks: dict[str, torch.nn.Module],
+    batches: Tensor,
+    replay: Replayer,
+    device: torch.device,
+) -> list[Difference]:
     losses, trained = replay(recipe, networks, batches, device)
     test = torch.from_numpy(recording["test_images"]).to(device)
     scores, fakes = {}, {}

@@ -96,7 +96,7 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
         ({"features": 2.5}, "features must be"),
         ({"lr": 0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
-        ({"betas": [0.5, 1.0]}, "betas must lie in"),
+        ({"betas": [0.5, 1.0]}, "betas must be two numbers"),
         ({"betas": [0.5]}, "betas must be"),
         ({"adversarial": "wgan"}, "adversarial must be"),
         ({"batchnorm": "none"}, "batchnorm must be"),

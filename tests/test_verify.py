@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,17 @@ def test_unusable_recordings_are_one_line_errors(golden: list[Path], tmp_path: P
     np.savez(lacking, **{name: value for name, value in content.items() if name != "losses"})
     shape = tmp_path / "shape.npz"
     np.savez(shape, **{**content, "batches": content["batches"][:, :4]})
-    for path in (truncated, text, lacking, shape, tmp_path / "nothing.npz"):
+    config = json.loads(str(content["config"]))
+    odd = {
+        "one_beta": {"config": np.array(json.dumps({**config, "betas": [0.5]}))},
+        "endless": {"config": np.array(json.dumps({**config, "image_size": math.inf}))},
+        "fast": {"config": np.array(json.dumps({**config, "lr": 10**400}))},
+        "no_step": {name: content[name][:0] for name in ("batches", "losses")},
+        "complex": {"losses": content["losses"].astype(complex)},
+    }
+    for name, values in odd.items():
+        np.savez(tmp_path / f"{name}.npz", **{**content, **values})
+    for path in (truncated, text, lacking, shape, tmp_path / "nothing.npz", *(tmp_path / f"{name}.npz" for name in odd)):
         code, out, err = bench("verify", path)
         assert code == 2 and err.count("\n") == 1 and str(path) in err and "verified" not in out
     with pytest.raises(CorruptFile):

@@ -17,6 +17,7 @@ from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
 from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
+from ganomaly_plugin.training.validation import check_choice
 
 __all__ = ["RecipeDetector", "scoring_mode"]
 
@@ -59,8 +60,9 @@ class RecipeDetector(BaseDetector):
         return self.recipe.default_epochs
 
     def check_shape(self, chw: tuple[int, int, int]) -> None:
-        """Raise InvalidInput when the recipe's networks cannot be built for images of `(c, h, w)`."""
+        """Raise InvalidInput when the recipe's networks cannot be built for images of `(c, h, w)`, or no epoch be chosen."""
         self.recipe.check_shape(chw)
+        check_choice(self.recipe, chw)
 
     def _fit(
         self,

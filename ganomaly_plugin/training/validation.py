@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe, StepInput
+from ganomaly_plugin.training.plain import build_networks
 from ganomaly_plugin.training.scoring import batches, in_chunks, scoring_mode
 
 STABILITY = "stability"
@@ -56,11 +57,28 @@ def calibrate(
     return {"calibrated_on": "training images" if few else "held-out images", "calibration_images": sum(map(len, held))}
 
 
+def check_choice(recipe: Recipe, chw: tuple[int, int, int]) -> None:
+    """Raise InvalidInput when `select=normal-val` cannot be for this recipe: several stages, or no such criterion.
+
+    The criterion is tried on black images of `(c, h, w)`.
+    """
+    if recipe.select != "normal-val":
+        return
+    black = torch.zeros((_FEWEST_TO_RANK, *chw), dtype=torch.uint8)
+    try:
+        networks = build_networks(recipe, chw, 0)
+        NormalValidation(recipe, black, seed=0, networks=networks, device=torch.device("cpu"))
+    except InvalidInput:
+        raise
+    except Exception:  # a mistake of the recipe's own is its jobs' to tell
+        return
+
+
 class NormalValidation:
     """Looks at held-out normal images after each epoch, and keeps the networks of the best.
 
-    The criterion, lower is better, is one of the recipe's logged losses on the held-out images, with the networks as they
-    score (for GANomaly: generator, encoder, contextual, ...), or "stability": 1 less the rank correlation of the held-out
+    The criterion, lower is better, is one of the recipe's logged losses on the held-out images, by the running statistics of
+    BatchNorm (for GANomaly: generator, encoder, contextual, ...), or "stability": 1 less the rank correlation of the held-out
     images' scores after this epoch and after the one before.
 
     Args:
