@@ -33,6 +33,29 @@ def test_switches_are_set_and_restored() -> None:
         assert switches() == before
 
 
+def test_the_older_switches_can_be_read_and_say_the_same() -> None:
+    """As `torch.compile` does: torch refuses to tell those that contradict the newer ones."""
+
+    def older() -> tuple[bool, bool, str]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = older()
+    for name, wanted in (("float32", False), ("tf32", True)):
+        with precision(name):
+            assert older()[:2] == (wanted, wanted)
+        assert older() == before
+
+
+def test_older_switches_that_contradict_the_newer_ones_are_left_alone() -> None:
+    torch.backends.cuda.matmul.fp32_precision, before = "tf32", torch.backends.cuda.matmul.fp32_precision
+    try:
+        with precision("float32"):
+            assert switches() == ("ieee", "ieee")
+        assert switches()[0] == "tf32" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_bfloat16_networks_answer_in_float32_and_share_their_state() -> None:
     networks = build_networks(GanomalyRecipe(features=4, latent_dim=8), (1, 16, 16), 0)
     called = networks_in("bf16", networks)["generator"]

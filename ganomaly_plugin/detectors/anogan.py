@@ -161,7 +161,9 @@ class AnoganRecipe(Recipe):
         """
         start = self._codes(1, torch.Generator().manual_seed(0)).to(images.device)
         found = start.repeat(len(images), 1, 1, 1)
-        left = torch.arange(len(images), device=images.device)  # the images whose search goes on
+        left = torch.arange(len(images), device=images.device)  # the images that the search is of
+        on = torch.ones_like(left, dtype=torch.bool)  # those of them whose search goes on
+        crowd = 2 if record_on(images.device) else 1  # to record a step anew takes as long as many a step
         search = _Search(found.clone())
         previous: Tensor | None = None
         with weights_frozen(networks):
@@ -172,16 +174,17 @@ class AnoganRecipe(Recipe):
                 if self.search_tol is None or step % CHECK_EVERY:
                     continue
                 if previous is not None:
-                    found[left] = search.z
-                    on = losses < (1 - self.search_tol) * previous
-                    left, images, features, losses = left[on], images[on], features[on], losses[on]
-                    search.keep(on)
-                    if not len(left):
+                    found[left[on]] = search.z[on]
+                    on &= losses < (1 - self.search_tol) * previous
+                    if not on.any():
                         return found
-                    if not on.all():
+                    if crowd * on.sum() <= len(on) and not on.all():
+                        left, images, features, losses = left[on], images[on], features[on], losses[on]
+                        search.keep(on)
+                        on = on[on]
                         move = self._replayed(networks, search)
                 previous = losses
-        found[left] = search.z
+        found[left[on]] = search.z[on]
         return found
 
     def _replayed(self, networks: Networks, search: _Search) -> Replayed:

@@ -7,7 +7,9 @@ outputs over those of the step before, and knows nothing of a number that Python
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,14 @@ Work: TypeAlias = Callable[[Any], dict[str, Tensor]]
 Record: TypeAlias = Callable[[Work, Any], tuple[dict[str, Tensor], Callable[[], None]]]
 
 WARM_UP = 3  # steps launched one kernel at a time first, in which libraries choose their kernels and allocate what they need
+_TURNS = threading.Lock()  # one recording at a time: of two, either would break the other off
 _AGREE = 0.5  # of a step's change: a replayed step that differs by more from the step itself does other work
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where work on `device` is recorded; torch's own stream for it is of the device that recorded first."""
+    return torch.cuda.Stream(device)
 
 
 def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
@@ -33,15 +42,16 @@ def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[],
 
     When the device breaks a recording off, torch leaves its stream current, its allocator recording (so that it never again
     frees memory to make room), and its random numbers as if a recording went on. All three are put right here. The error raised
-    is then that of the work, which says what was refused.
+    is then that of the work, which says what was refused. Other threads may use the device meanwhile.
     """
     device = tree_leaves(inputs)[0].device
     refused: Exception | None = None
-    gc.collect()  # graphs and memory of former recordings, of which none may go away during this one
-    with torch.cuda.device(device):
+    with _TURNS, torch.cuda.device(device):
+        gc.collect()  # graphs and memory of former recordings, of which none may go away during this one
+        record: Any = functools.partial(torch.cuda.graph, stream=_stream(device), capture_error_mode="thread_local")
         here, graph, pool = torch.cuda.current_stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with record(graph, pool=pool):
                 try:
                     outputs = work(inputs)
                 except Exception as error:
@@ -52,7 +62,7 @@ def cuda_graph(work: Work, inputs: Any) -> tuple[dict[str, Tensor], Callable[[],
             with contextlib.suppress(RuntimeError):  # raised where the recording did come to its end
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                 torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            with contextlib.suppress(RuntimeError), record(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device=device)  # a recording that comes to its end
             raise refused or error from None
     return outputs, graph.replay

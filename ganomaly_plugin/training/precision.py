@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,46 @@ from torch.utils._pytree import tree_map_only
 from ganomaly_plugin.recipe import Networks, Precision
 
 _inside: dict[object, Precision] = {}  # who is, of all threads: the switches are the process's
-_outside: list[str] = []  # what the switches were before the first of them
+_outside: list[_Switches] = []  # how they stood before the first of them
 _TURNS = threading.Lock()
 
 
-def _switches() -> tuple[Any, ...]:
+class _Switches(NamedTuple):
+    """How torch's switches stand: those of matrix products, convolutions and recurrent layers, and the older two.
+
+    torch refuses to read an older one that contradicts the newer ones, and `torch.compile` reads them in some versions. So all
+    are set.
+    """
+
+    newer: list[str]
+    older: list[bool] | None  # of matrix products, and of cuDNN; None where they cannot be read, and are to be left alone
+
+    @classmethod
+    def read(cls) -> _Switches:
+        """As they are."""
+        try:
+            older = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+        except RuntimeError:  # set through the newer ones only, by whoever called us
+            older = None
+        return cls([each.fp32_precision for each in _newer()], older)
+
+    def to(self, name: Precision) -> _Switches:
+        """As `name` wants them."""
+        tf32 = name == "tf32"
+        older = None if self.older is None else [tf32 for _ in self.older]
+        return _Switches(["tf32" if tf32 else "ieee" for _ in self.newer], older)
+
+    def set(self) -> None:
+        """Put torch's so."""
+        if self.older is not None:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.older
+        for switch, value in zip(_newer(), self.newer, strict=True):
+            switch.fp32_precision = value
+
+
+def _newer() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
-
-
-def _set(values: list[str]) -> None:
-    for switch, value in zip(_switches(), values, strict=True):
-        switch.fp32_precision = value
-
-
-def _values(name: Precision) -> list[str]:
-    return ["tf32" if name == "tf32" else "ieee"] * len(_switches())
 
 
 @contextmanager
@@ -42,15 +66,15 @@ def precision(name: Precision) -> Iterator[None]:
     me = object()
     with _TURNS:
         if not _inside:
-            _outside[:] = [switch.fp32_precision for switch in _switches()]
+            _outside[:] = [_Switches.read()]
         _inside[me] = name
-        _set(_values(name))
+        _outside[0].to(name).set()
     try:
         yield
     finally:
         with _TURNS:
             del _inside[me]
-            _set(_values(next(reversed(_inside.values()))) if _inside else _outside)
+            (_outside[0].to(next(reversed(_inside.values()))) if _inside else _outside[0]).set()
 
 
 class InBfloat16(nn.Module):

@@ -91,7 +91,7 @@ class Spares:
         self._blank = {name: copy.deepcopy(networks[name]).cpu() for name in phase.trains}
         drawn = [self._draw(model) for _ in range(READY) for model in range(len(rngs))]
         self.weights = {
-            name: _in_order(torch.stack([one[name] for one in drawn]).unflatten(0, (READY, len(rngs)))).to(device)
+            name: _in_order(torch.stack([one[name] for one in drawn]).to(device).unflatten(0, (READY, len(rngs))))
             for name in drawn[0]
         }
         self.spent = torch.zeros(len(rngs), dtype=torch.int64, device=device)

@@ -9,9 +9,9 @@ import torch
 
 from ganomaly_plugin.training.halves import forget_expired
 
-# As CUDA and its libraries put it, where it is not torch that allocates; the last is what torch makes of a convolution none of
-# whose ways finds the memory to work in.
-_OUTSIDE = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
+# As CUDA and its libraries put it, where it is not torch that allocates: they are not initialised where the memory for their
+# own ends does not do. The last is what torch makes of a convolution none of whose ways finds the memory to work in.
+_OUTSIDE = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED", "unable to find an engine")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -100,14 +100,12 @@ class StackedTrainer:
         if len(list(wrapped[0].named_parameters(remove_duplicate=False))) > len(list(wrapped[0].parameters())):
             raise InvalidInput("networks that share weights are not trained as one set of kernels. Use the plain trainer.")
         self._frozen = {name for name, weight in wrapped[0].named_parameters() if not weight.requires_grad}
+        weights = [dict(each.named_parameters()) for each in wrapped]
+        buffers = [dict(each.named_buffers()) for each in wrapped]
         self.weights = {
-            name: self._weight(name, torch.stack([dict(each.named_parameters())[name].detach() for each in wrapped]).to(device))
-            for name, _ in wrapped[0].named_parameters()
+            name: self._weight(name, torch.stack([each[name].detach() for each in weights]).to(device)) for name in weights[0]
         }
-        self.buffers = {
-            name: torch.stack([dict(each.named_buffers())[name] for each in wrapped]).to(device)
-            for name, _ in wrapped[0].named_buffers()
-        }
+        self.buffers = {name: torch.stack([each[name] for each in buffers]).to(device) for name in buffers[0]}
         self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._optimisers = [make_optimiser(phase.optimiser, self._trained(phase)) for phase in self.phases]
         self._average = None if recipe.ema_decay is None else {k: v.detach().clone() for k, v in self._tensors().items()}
