@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
-from ganomaly_plugin.detectors.pixels import CHUNK, PixelModel, Scaler, sklearn_seed
+from ganomaly_plugin.detectors.pixels import CHUNK, PixelModel, Scaler, draws_of, sklearn_seed
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import at_least
 
@@ -118,9 +118,7 @@ class NearestNeighbours(PixelModel):
         standardise: Divide each pixel by its standard deviation over the training images used.
     """
 
-    conformance_exemptions: ClassVar[dict[str, str]] = {
-        "seed_matters": "nothing is drawn at random unless max_train is smaller than the training set"
-    }
+    conformance_hparams: ClassVar[dict[str, Any]] = {"max_train": 16}
 
     def __init__(
         self,
@@ -136,6 +134,7 @@ class NearestNeighbours(PixelModel):
         self.distance = distance
         self.max_train = max_train
         self.standardise = standardise
+        self.conformance_exemptions = draws_of(max_train)  # type: ignore[misc]
 
     @property
     def hparams(self) -> dict[str, Any]:
@@ -201,9 +200,7 @@ class OneClassSvm(PixelModel):
         standardise: Divide each pixel by its standard deviation over the training images used.
     """
 
-    conformance_exemptions: ClassVar[dict[str, str]] = {
-        "seed_matters": "nothing is drawn at random unless max_train is smaller than the training set"
-    }
+    conformance_hparams: ClassVar[dict[str, Any]] = {"max_train": 16}
 
     def __init__(self, nu: float = 0.5, max_train: int | None = 2000, standardise: bool = True) -> None:
         at_least(max_train=(1 if max_train is None else max_train, 1))
@@ -212,6 +209,7 @@ class OneClassSvm(PixelModel):
         self.nu = nu
         self.max_train = max_train
         self.standardise = standardise
+        self.conformance_exemptions = draws_of(max_train)  # type: ignore[misc]
 
     @property
     def hparams(self) -> dict[str, Any]:
