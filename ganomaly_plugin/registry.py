@@ -171,7 +171,8 @@ def make_detector(name: str, /, **hparams: Any) -> BaseDetector:
     """A fresh detector.
 
     Args:
-        name: A registered name (`list_detectors()`) or a class path `package.module:Class`.
+        name: A registered name (`list_detectors()`; behind one that ends in a colon comes a model's name) or a class path
+            `package.module:Class`.
         **hparams: The method's hyperparameters; those left out take the published defaults.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A detector for `bench`, by class path; `anomalib_ablation.yaml` names the runs:
 
-    PYTHONPATH=benchmark_configs/anomalib bench run --config benchmark_configs/anomalib_ablation.yaml
+    PYTHONPATH=benchmark_configs/anomalib bench run --config benchmark_configs/anomalib_ablation.yaml --trust ablation
 
 Each switch is at "authors" by default, which is the `ganomaly` of this package to the last bit.
 """

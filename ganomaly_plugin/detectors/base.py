@@ -185,7 +185,7 @@ class BaseDetector(ABC):
         raise InvalidInput(f"{self.name or type(self).__name__} has no anomaly map: it does not reconstruct its input.")
 
     def _reconstruct(self, images: Tensor) -> Tensor | np.ndarray:
-        raise InvalidInput(f"{self.name or type(self).__name__} does not reconstruct its input.")
+        raise InvalidInput(f"{self.name or type(self).__name__} offers no reconstruction.")
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
