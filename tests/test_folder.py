@@ -8,6 +8,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -171,6 +172,20 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels, _ = decode.decode(save(tmp_path / "e.png", image, exif=exif), size=16, channels=1, fit="crop")
     assert pixels[0, :, 12].min() == 255
     assert pixels[0, :, 4].max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiffs_are_turned_as_other_files_are(tmp_path: Path, orientation: int, compression: str | None) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 2, (12, 20), dtype=np.uint8) * 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    png = save(tmp_path / "e.png", picture, exif=exif)
+    tiff = save(tmp_path / "e.tif", picture, exif=exif, compression=compression)
+    np.testing.assert_array_equal(decode.read_upright(tiff), decode.read_upright(png))
+    size = decode.read_upright(png).size
+    masks = [decode.decode_mask(path, size, size=8, fit="pad")[0] for path in (tiff, png)]
+    np.testing.assert_array_equal(*masks)
 
 
 @pytest.mark.parametrize("size", [(40, 40), (100, 37), (33, 64), (17, 90)])
@@ -464,11 +479,12 @@ def test_files_that_were_bad_are_tried_again(tmp_path: Path, monkeypatch: pytest
     failing = {"train/good/0.png": PermissionError(13, "x"), "ground_truth/dirt/000_mask.png": MemoryError()}
     opened, decoded = Image.open, []
 
-    def open_image(path: Path) -> Image.Image:
+    def open_image(file: BinaryIO) -> Image.Image:
+        path = Path(file.name)
         decoded.append(path.name)
         if error := failing.get(path.relative_to(base).as_posix()):
             raise error
-        return opened(path)
+        return opened(file)
 
     def again(**options: object):
         _load_cached.cache_clear()

@@ -45,7 +45,8 @@ def quiet_pillow() -> Iterator[None]:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image, opened but not decoded; every failure inside, also of decoding, becomes BadImage."""
     try:
-        with Image.open(path) as image:
+        # As a file, since Pillow garbles raw TIFFs that EXIF turns on their side when it maps them by their name.
+        with path.open("rb") as file, Image.open(file) as image:
             width, height = image.size
             if width * height > PIXEL_LIMIT:
                 raise BadImage(f"{width}×{height} is more than the limit of {PIXEL_LIMIT:,} pixels")
