@@ -6,6 +6,7 @@ import of anomalib and one short training.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import subprocess
@@ -62,6 +63,26 @@ def test_the_same_batches_give_the_same_weights_as_the_plain_trainer(name: str) 
     assert ours.keys() == theirs.keys()
     trained = [key for key in ours if not key.startswith("calibration.")]  # fitted after training, which a bare step is not
     assert all(torch.equal(ours[key], theirs[key]) for key in trained)
+
+
+@pytest.mark.parametrize("name", ["Egbad", "Alad"])  # which average, and normalise spectrally
+def test_a_copy_trains_as_its_original(name: str) -> None:
+    from ganomaly_plugin.training.lightning_replay import fit_batches
+
+    module, batches = small(name, channels=1, pre_processor=False), list(torch.from_numpy(blobs(16)).split(8))
+    modules = copy.deepcopy(module), module
+    for each in modules:
+        fit_batches(each, batches, CPU)
+    copied, original = (weights(each.model.scoring_networks()) for each in modules)
+    assert copied.keys() == original.keys() and all(torch.equal(copied[key], original[key]) for key in original)
+
+
+def test_lightning_averages_the_weights_of_a_copy(tmp_path: Path, parts: Any) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    module = small("Alad")
+    engine(tmp_path / "a", max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(module, datamodule=parts)
+    assert module(torch.rand(2, 3, 20, 20)).pred_score.isfinite().all()
 
 
 def test_an_epoch_of_the_plain_loop_is_an_epoch_of_the_engine() -> None:

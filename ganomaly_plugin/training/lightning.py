@@ -96,6 +96,12 @@ class RecipeModel(nn.Module):
         state["_modules"] = {**state["_modules"], **modules}
         return state
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecipeModel:
+        """All of the model, which can be trained on; without this, what `__getstate__` leaves."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
     def scoring_networks(self) -> Networks:
         """The networks to score with: the averaged ones when the recipe averages."""
         return averaged_networks(self.average) if self.average is not None else dict(self.networks.items())
