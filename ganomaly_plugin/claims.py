@@ -14,7 +14,7 @@ from typing import Any
 
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import CannotStore
-from ganomaly_plugin.files import locked_folder, sweep_out
+from ganomaly_plugin.files import locked_folder, sweep_out, time_of
 
 HEARTBEAT = 10.0  # seconds between signs of life
 EXPIRY = 120.0  # seconds without one, after which a claim from another machine is void
@@ -23,10 +23,10 @@ EXPIRY = 120.0  # seconds without one, after which a claim from another machine 
 class Claims:
     """Claims on jobs, one file each in `folder`; a context manager that releases its own at the end.
 
-    A claim is void when its process is gone (on this machine), or when it has shown no sign of life for `EXPIRY`
-    seconds of the file system's own clock (on another). Creating a file exclusively is atomic, on NFS since version 3.
-    On one machine a job never has two holders. On several it may, when a holder was taken for dead and was not; their
-    results then count once (`Store.settle`).
+    A claim is void when its process is gone, or it was copied here with its folder (on this machine), or when it has shown
+    no sign of life for `EXPIRY` seconds of the file system's own clock (on another). Creating a file exclusively is atomic,
+    on NFS since version 3. On one machine a job never has two holders. On several it may, when a holder was taken for dead
+    and was not; their results then count once (`Store.settle`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,6 +67,11 @@ class Claims:
                 "mend that, and the same command goes on from there."
             ) from error
 
+    def holder(self, job: Job) -> str | None:
+        """Whose claim on `job` there is, for people; None when there is none, or it does not say."""
+        claim = _read(self._path(job)) or {}
+        return f"pid {claim['pid']} on {claim['host']}" if {"pid", "host"} <= claim.keys() else None
+
     def release(self, job: Job) -> None:
         """Give `job` up: its record is stored."""
         path = self._path(job)
@@ -83,7 +88,6 @@ class Claims:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def _create(self, path: Path) -> bool:
-        claim = {**self._me, "token": secrets.token_hex(8)}
         while True:
             try:
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -94,6 +98,7 @@ class Claims:
                 self._make_folder()
         try:
             with os.fdopen(handle, "w") as file:
+                claim = {**self._me, "folder": self._identity(), "token": secrets.token_hex(8)}
                 json.dump(claim, file)
         except OSError:
             path.unlink(missing_ok=True)
@@ -130,10 +135,11 @@ class Claims:
         claim = _read(path)
         if claim is None:
             return None
-        if self._is_near(claim):
-            return None if is_alive(claim["pid"], claim.get("started")) else claim
         try:
-            age = self._now() - path.stat().st_mtime
+            if self._is_near(claim):
+                here = claim.get("folder") in (None, self._identity())  # older claims do not say
+                return None if here and is_alive(claim["pid"], claim.get("started")) else claim
+            age = time_of(self.folder) - path.stat().st_mtime
         except FileNotFoundError:
             return None
         # Written in part by a runner that died; a living one needs no time for this.
@@ -158,14 +164,10 @@ class Claims:
                 if self._is_near(_read(path) or {}) and self._void(path) is not None:
                     path.unlink(missing_ok=True)
 
-    def _now(self) -> float:
-        """The file system's time, which is what the ages of its files are measured by."""
-        probe = self.folder / f".now.{secrets.token_hex(4)}.tmp"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
+    def _identity(self) -> str:
+        """What tells the folder from a copy of it: of two folders on one machine not both are equal."""
+        found = self.folder.stat()
+        return f"{found.st_dev}:{found.st_ino}"
 
     def _beat(self) -> None:
         while not self._stopped.wait(HEARTBEAT):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,12 +77,29 @@ def check_writable(path: Path) -> None:
         raise InvalidInput(f"Cannot write {path}: {error.strerror or error}. Give another --out.") from error
 
 
+def time_of(folder: Path) -> float:
+    """The time of the file system of `folder`, which is what the ages of its files are measured by.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    probe = folder / f".now.{secrets.token_hex(4)}.tmp"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def sweep_out(folder: Path) -> None:
-    """Remove parts of files in `folder` that writers who were killed left behind."""
-    for partial in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > _LITTER:
-                partial.unlink()
+    """Remove parts of files in `folder` that writers who were killed left behind, where that can be done."""
+    partials = list(folder.glob(".*.tmp"))
+    with contextlib.suppress(OSError):
+        now = time_of(folder) if partials else 0.0
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                if now - partial.stat().st_mtime > _LITTER:
+                    partial.unlink()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ganomaly_plugin.claims import Claims
 from ganomaly_plugin.core import Chunk, Executor, Job, Outcome, RunRecord, canonical_json
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import FAULTS, BenchError, InvalidInput, one_line
-from ganomaly_plugin.escape import storable
+from ganomaly_plugin.escape import printable, storable
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.integrity import check_storable
 from ganomaly_plugin.provenance import environment
@@ -261,7 +261,7 @@ def sweep(
     the store once it is done there.
     """
     before = {record.job.key: record for record in plan.again}
-    waiting = list(plan.missing)
+    waiting, told = list(plan.missing), False
     with Claims(store.folder / "claims") as claims:
         while waiting:
             taken: set[str] = set()
@@ -281,7 +281,17 @@ def sweep(
                 else:
                     yield record
             if waiting:
+                told = told or _tell_who_is_at(waiting, claims)
                 time.sleep(_LOOK_AGAIN)
+
+
+def _tell_who_is_at(jobs: list[Job], claims: Claims) -> bool:
+    """Say whom a sweep waits for, where that is known."""
+    holders = sorted({holder for job in jobs if (holder := claims.holder(job)) is not None})
+    if holders:
+        count = f"{len(jobs)} jobs" if len(jobs) > 1 else "1 job"
+        print(f"waiting for {count} that another bench run is at ({printable(', '.join(holders))})", file=sys.stderr)
+    return bool(holders)
 
 
 def _claimed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -223,12 +224,14 @@ def test_several_make_the_folder_at_once(tmp_path: Path) -> None:
         assert all(store.records() == [] for store in made)
 
 
-def test_parts_of_files_are_swept_out_when_old(tmp_path: Path) -> None:
+def test_parts_of_files_are_swept_out_when_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "out", create=True)
     old, new = (store.records_dir / f".{name}.json.0123abcd.tmp" for name in ("old", "new"))
     for path in (old, new):
         path.write_text("{")
     os.utime(old, (time.time() - 7200,) * 2)
+    later = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: later)  # this machine's clock, by which no file's age is measured
     assert Store(tmp_path / "out", create=True).records() == [] and not old.exists() and new.exists()
 
 
@@ -315,6 +318,17 @@ def test_a_claim_of_another_container_is_not_judged_by_its_process_number(tmp_pa
     with Claims(folder) as mine:
         (folder / f"{JOB.slug}.json").write_text(json.dumps({"host": claims.this_host(), "system": "other", "pid": 2**22 + 1}))
         assert not mine.take(JOB)
+
+
+def test_a_claim_that_was_copied_with_its_folder_is_void(tmp_path: Path) -> None:
+    with Claims(tmp_path / "claims") as mine:
+        assert mine.take(JOB)
+        shutil.copytree(tmp_path / "claims", tmp_path / "copy")
+        with Claims(tmp_path / "copy") as yours:
+            assert yours.take(JOB)
+        with Claims(tmp_path / "claims") as yours:
+            assert not yours.take(JOB)
+    assert not (tmp_path / "copy").exists() and not (tmp_path / "claims").exists()
 
 
 def test_a_release_leaves_the_heirs_claim_alone(tmp_path: Path) -> None:

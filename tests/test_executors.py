@@ -327,8 +327,8 @@ def test_a_runner_that_fails_in_mid_sweep_waits_for_no_worker(folder: Path) -> N
     assert subprocess.run([sys.executable, "script.py"], cwd=folder, timeout=90, check=False).returncode == 3
 
 
-def test_an_executor_starts_when_there_is_a_job_for_it(tmp_path: Path) -> None:
-    """And not each second while another runner has all that is left."""
+def test_an_executor_starts_when_there_is_a_job_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not each second while another runner has all that is left, of which is told once."""
     (job,), store, seen = jobs("mean_intensity"), store_in(tmp_path), []
 
     class Executor(InlineExecutor):
@@ -346,6 +346,8 @@ def test_an_executor_starts_when_there_is_a_job_for_it(tmp_path: Path) -> None:
         began = time.monotonic()
         records = list(sweep(make_plan([job], store), store, Executor(), run))
     assert [record.status for record in records] == ["done"] and len(seen) == 1 and seen[0] - began > 1
+    who = f"(pid {os.getpid()} on {os.uname().nodename})"
+    assert capsys.readouterr().err == f"waiting for 1 job that another bench run is at {who}\n"
 
 
 def test_fail_fast(folder: Path, bench) -> None:
