@@ -21,6 +21,7 @@ from ganomaly_plugin.integrity import check_against_scores, file_digest, sealed,
 from ganomaly_plugin.labels import distinctly_labelled
 
 MARKER = "bench.json"
+_TRIES = 5  # to store an outcome while others store one of the same job
 FORMAT = 1  # of the folder; each record names its own
 
 
@@ -100,24 +101,33 @@ class Store:
 
         Raises:
             CannotStore: The disk is full, read-only or gone; what was there before is as it was.
+            CorruptFile: The record that is there now, another machine's, is damaged.
         """
-        job, files = outcome.record.job, {}
+        job, paths = outcome.record.job, self._paths(outcome.record.job)
+        contents = {kind: _npz(arrays) for kind, arrays in (("scores", outcome.arrays), ("images", outcome.images)) if arrays}
+        files = {kind: file_digest(content) for kind, content in contents.items()}
         try:
-            for kind, path, arrays in (
-                ("scores", self.scores_path(job), outcome.arrays),
-                ("images", self.images_path(job), outcome.images),
-            ):
-                if arrays:
-                    path.parent.mkdir(exist_ok=True)
-                    content = _npz(arrays)
-                    atomic_write(path, content)
-                    files[kind] = file_digest(content)
-            atomic_write(self.record_path(job), sealed(replace(outcome.record, files=files).to_dict()))
+            for _ in range(_TRIES):
+                for kind, content in contents.items():
+                    paths[kind].parent.mkdir(exist_ok=True)
+                    atomic_write(paths[kind], content)
+                atomic_write(self.record_path(job), sealed(replace(outcome.record, files=files).to_dict()))
+                if self._is_whole(job):  # else another machine stored the same job meanwhile, and has put half of its own there
+                    break
         except OSError as error:
             raise CannotStore(
                 f"Cannot store the result of {job.title} in {self.folder}: {error.strerror or error}. "
                 "Finished records are kept; mend that, and the same command goes on from there."
             ) from error
+
+    def _paths(self, job: Job) -> dict[str, Path]:
+        """Where the files are that a record of `job` vouches for, by what it calls them."""
+        return {"scores": self.scores_path(job), "images": self.images_path(job)}
+
+    def _is_whole(self, job: Job) -> bool:
+        """Whether the files of `job` are those that its record, whoever stored it, vouches for."""
+        files = _parse(self.record_path(job))[0].files
+        return all(file_digest(path.read_bytes()) == files[kind] for kind, path in self._paths(job).items() if kind in files)
 
     def settle(self, outcome: Outcome) -> RunRecord:
         """Store an outcome unless its job is done already, by whoever; the record that stands.

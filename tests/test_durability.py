@@ -210,6 +210,22 @@ def test_a_done_job_is_never_stored_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.scores(done.record.job)["score"], done.arrays["score"])
 
 
+def test_two_machines_that_store_a_job_at_once_leave_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = outcome("a")
+    theirs = Outcome(mine.record, {**mine.arrays, "score": mine.arrays["score"] + 1e-12})
+    store, write, met = Store(tmp_path / "out", create=True), files.atomic_write, []
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if path.parent.name == "records" and not met:
+            met.append(path)
+            store.put(theirs)
+        write(path, content)
+
+    monkeypatch.setattr("ganomaly_plugin.store.atomic_write", interrupted)
+    store.put(mine)
+    np.testing.assert_array_equal(store.scores(mine.record.job)["score"], mine.arrays["score"])
+
+
 def test_several_make_the_folder_at_once(tmp_path: Path) -> None:
     """Each in a moment when the others have made a part of it."""
     for turn in range(20):
