@@ -14,7 +14,7 @@ from conftest import blobs
 
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.config import Experiment, expand
-from ganomaly_plugin.detectors.anomalib_models import AnomalibDetector, _is_model, is_download_error
+from ganomaly_plugin.detectors.anomalib_models import _is_model, failed_download
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.selection import Selection, parse_selection
@@ -114,14 +114,67 @@ def test_bad_names_and_arguments(name: str, hparams: dict[str, Any], message: st
         make_detector(name, **hparams)
 
 
-def test_missing_weights_say_which_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(self: AnomalibDetector, **changes: Any) -> Any:
-        raise RuntimeError("no model") from urllib.error.URLError("Name or service not known")
+class Broken:
+    """What a server sends whose connection breaks off, or which sends something else."""
 
-    monkeypatch.setattr(AnomalibDetector, "_build", offline)
-    with pytest.raises(InvalidInput, match=r"resnet18.*HF_HOME.*TORCH_HOME.*pre_trained=false"):
-        make_detector("anomalib:Padim").fit(blobs(4))
-    assert is_download_error(urllib.error.URLError("x")) and not is_download_error(ValueError("x"))
+    def __init__(self, last: Exception | bytes) -> None:
+        self.parts = [b"some", last]
+
+    def info(self) -> dict[str, str]:
+        return {}
+
+    def read(self, size: int) -> bytes:
+        part = self.parts.pop(0)
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def close(self) -> None:
+        pass
+
+
+def offline(*args: Any, **options: Any) -> Any:
+    raise urllib.error.URLError("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("name", "hparams", "message"),
+    [
+        ("Padim", {}, r"needs timm/resnet18.* of the Hugging Face hub, .* its .*\(HF_HOME\) here, or set pre_trained=false"),
+        ("Cfa", {}, r"needs https://download\.pytorch\.org/.*wide_resnet50_2.*\.pth, .* its .*\(TORCH_HOME\) here\. "),
+        ("EfficientAd", {"batch_size": 1}, r"needs https://\S*efficientad\S*\.zip, .* its \S*pre_trained here\. "),
+    ],
+)
+def test_a_failed_download_says_what_belongs_where(
+    name: str, hparams: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for where in ("urllib.request.urlopen", "torch.hub.urlopen"):
+        monkeypatch.setattr(where, offline)
+    with pytest.raises(InvalidInput, match=message):
+        make_detector(f"anomalib:{name}", **hparams).fit(blobs(4))
+
+
+@pytest.mark.parametrize(
+    "last", [None, ConnectionResetError("reset by peer"), b""], ids=["offline", "broken off", "another file"]
+)
+def test_a_failed_download_leaves_no_folder_that_counts_as_the_data_set(
+    last: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DRAEM would make its anomalies of an empty one without a word."""
+    folder = tmp_path / "dtd"
+    monkeypatch.setattr("urllib.request.urlopen", offline if last is None else lambda *_, **__: Broken(last))
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match=rf"needs https://\S*dtd\S*\.tar\.gz, .* its {folder} here\. "):
+            make_detector("anomalib:Draem", dtd_dir=str(folder)).fit(blobs(4))
+        assert not folder.exists()
+
+
+def test_errors_that_are_no_downloads() -> None:
+    assert failed_download(ValueError("x")) is None and failed_download(OSError("disk full")) is None
 
 
 def test_a_class_path_with_init_args_names_the_model() -> None:

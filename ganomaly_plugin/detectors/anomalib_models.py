@@ -12,9 +12,11 @@ import functools
 import inspect
 import logging
 import tempfile
+import traceback
 import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ganomaly_plugin.detectors.anomalib_data import AfterEpoch
 
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
+_NETWORK = ("Connect", "httpx", "huggingface_hub", "Offline")  # in names of errors that are no OSError
 _OURS = ("image_size", "batch_size", "input_range")
 
 
@@ -185,27 +188,15 @@ class AnomalibDetector(BaseDetector):
             if after_epoch is not None and after_epoch.error is error:
                 raise
             name = self.name or f"anomalib:{self.model_name}"
-            if not is_download_error(error):
+            wanted = failed_download(error)
+            if wanted is None:
                 raise InvalidInput(f"{name} failed in anomalib: {one_line(error)[:300]}") from error
-            hint = ", or set pre_trained=false" if "pre_trained" in _init_defaults(self.model_name) else ""
+            what, where, is_backbone = wanted
+            hint = ", or set pre_trained=false" if is_backbone and "pre_trained" in _init_defaults(self.model_name) else ""
             raise InvalidInput(
-                f"{name} needs pretrained weights that are not here and cannot be downloaded: {self._weights()}. Fetch them "
-                "on a machine with a network, by running the same there, and copy its ~/.cache/huggingface/hub (HF_HOME) and "
-                f"~/.cache/torch/hub/checkpoints (TORCH_HOME) here{hint}. ({one_line(error)[:160]})"
+                f"{name} needs {what}, which is not here and cannot be downloaded. Fetch it on a machine with a network, by "
+                f"running the same there, and copy its {where} here{hint}. ({one_line(error)[:160]})"
             ) from error
-
-    def _weights(self) -> str:
-        """The files a backbone comes in, as far as its name tells."""
-        backbone = self.hparams.get("backbone")
-        if not isinstance(backbone, str):
-            return f"those of {self.model_name}"
-        try:
-            from timm.models import get_pretrained_cfg
-
-            config = get_pretrained_cfg(backbone)
-        except Exception:  # torchvision's and other hubs' names
-            config = None
-        return f"{backbone}, {config.hf_hub_id} on the Hugging Face hub" if config and config.hf_hub_id else backbone
 
 
 def as_photographs(images: Tensor) -> Tensor:
@@ -214,15 +205,39 @@ def as_photographs(images: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 
-def is_download_error(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, is a network or a missing file."""
-    seen: BaseException | None = error
-    while seen is not None:
-        words = type(seen).__name__ + type(seen).__module__
-        if isinstance(seen, OSError) or any(word in words for word in ("Connect", "httpx", "huggingface_hub", "Offline")):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def failed_download(error: BaseException) -> tuple[str, str, bool] | None:
+    """What could not be downloaded, where it belongs, and whether it may be a backbone's weights; None for another error.
+
+    Errors do not say it: it stands in the arguments of the functions that `error` and its causes came through.
+    """
+    calls: dict[str, dict[str, Any]] = {}
+    is_network = False
+    cause: BaseException | None = error
+    while cause is not None:
+        words = type(cause).__name__ + type(cause).__module__
+        is_network |= isinstance(cause, OSError) or any(word in words for word in _NETWORK)
+        calls |= {frame.f_code.co_name: frame.f_locals for frame, _ in traceback.walk_tb(cause.__traceback__)}
+        cause = cause.__cause__ or cause.__context__
+    if told := calls.get("download_and_extract"):  # anomalib's, of weights and of data sets
+        if calls.keys() & {"urlretrieve", "check_hash"}:
+            _remove_unfinished(told["downloaded_file_path"])
+        return told["info"].url, str(told["root"]), False
+    if not is_network:
+        return None
+    if told := calls.get("hf_hub_download"):
+        return f"{told['repo_id']} of the Hugging Face hub", "~/.cache/huggingface/hub (HF_HOME)", True
+    if told := calls.get("download_url_to_file"):  # torch's
+        return told["url"], "~/.cache/torch/hub/checkpoints (TORCH_HOME)", True
+    if told := calls.get("urlretrieve"):
+        return told["url"], str(told["filename"]), False
+    return None
+
+
+def _remove_unfinished(archive: Path) -> None:
+    """Remove what anomalib's failed download left, the folder too: it counts as the whole data set the next time."""
+    with contextlib.suppress(OSError):
+        archive.unlink(missing_ok=True)
+        archive.parent.rmdir()
 
 
 @contextlib.contextmanager
