@@ -27,29 +27,11 @@ WHERE = (
 
 
 def ls(options: Any) -> int:
-    """Print the registered detectors, data sets and protocols whose names match a pattern."""
-    from ganomaly_plugin.datasets.splits import PROTOCOLS
-    from ganomaly_plugin.registry import entries
+    """Print the registered detectors, data sets and protocols whose names match a pattern, and the options of a single one."""
+    from ganomaly_plugin.listing import listing
 
-    pattern = options.pattern or "*"
-    found = False
-    for title, kind in (("detectors", "detector"), ("data sets", "data set")):
-        chosen = {n: e.summary for n, e in sorted(entries(kind).items()) if fnmatch.fnmatchcase(n, pattern)}
-        found |= _print_section(title, chosen)
-    protocols = {name: p.summary for name, p in PROTOCOLS.items() if fnmatch.fnmatchcase(name, pattern)}
-    found |= _print_section("protocols", protocols)
-    if not found:
-        raise InvalidInput(f"Nothing is called {pattern!r}. Run bench ls without a pattern to see all names.")
+    print(listing(options.pattern))
     return 0
-
-
-def _print_section(title: str, lines: dict[str, str]) -> bool:
-    if lines:
-        print(f"{title}:")
-        width = max(map(len, lines))
-        for name, summary in lines.items():
-            print(f"  {name.ljust(width)}  {summary}")
-    return bool(lines)
 
 
 def experiment_from(options: Any) -> Any:

@@ -88,6 +88,14 @@ class Built(Bare):
         return np.asarray(images, dtype=float).mean((1, 2, 3)) * sum(self.weights)
 
 
+class Required(Bare):
+    """An option without a default."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+
 class Told(Bare):
     """Tells its members and its path, which the constructor makes of text."""
 

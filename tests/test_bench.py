@@ -24,6 +24,7 @@ from ganomaly_plugin.escape import latex_escape
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
 from ganomaly_plugin.report.writers import LATEX_ROWS, runs_frame, to_latex, to_markdown, to_text, write_tables
+from ganomaly_plugin.selection import parse_selection
 from ganomaly_plugin.store import Store, read_record
 
 TINY = ["--hparams", "features=2,latent_dim=4", "--epochs", 1]
@@ -234,6 +235,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--config", "models: ae\nclasses: 0" + 300 * " "], "No config file at models: ae classes: 0"),
         (["tables", "no_folder"], "not a results folder"),
         (["ls", "nothing*"], "Nothing is called"),
+        (["ls", "folder"], "Did you mean 'folder:'"),
         (["verify", "none.npz"], "No recording at none.npz"),
         (["speed", "--repeats", 2], "repeats must be at least 5"),
         (["rum"], "invalid choice"),
@@ -302,6 +304,24 @@ def test_nowhere_to_print_is_no_failure(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(records(tmp_path / "out")) == 2
     sys.stdout.close()
     sys.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ganomaly", ["detectors:\n  ganomaly  GANomaly", "epochs=15\n", "betas=[0.5, 0.999]\n      Adam's", "select=last\n"]),
+        ("f_anogan", ["features=64\n      Channels"]),
+        ("ganomaly_plus", ["epochs=None\n", "steps=200\n"]),
+        ("anomalib:Padim", ["options, as in anomalib:Padim[image_size=…]:", "backbone=resnet18\n"]),
+        ("folder:", ["options, as in folder:NAME[image_size=…]:", "fit=crop\n", "rest black."]),
+        ("odd_options:Required", ["size, which has no default"]),
+    ],
+)
+def test_ls_shows_the_options_of_one_name(bench, name: str, words: list[str]) -> None:
+    code, out, _ = bench("ls", name)
+    assert code == 0 and all(word in out for word in words), out
+    for each in re.findall(r"^  (\w+=\S.*)$", out, re.MULTILINE):  # as they can be given
+        assert ":" in name or parse_selection(f"{name}[{each}]", "model").options
 
 
 def test_an_encoding_without_our_signs_is_no_failure() -> None:
