@@ -7,6 +7,7 @@ import struct
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,6 +111,14 @@ def test_an_unknown_layout_is_explained(tmp_path: Path, made: list[str], said: s
         (tmp_path / "f" / name).mkdir(parents=True)
     with pytest.raises(InvalidInput, match=said):
         load(tmp_path / "f", tmp_path)
+
+
+@pytest.mark.parametrize(("layout", "other"), [(authors, "test/good"), (authors, "train/good"), (mvtec, "test/0.normal")])
+def test_normal_images_of_two_layouts_are_refused(tmp_path: Path, layout: Callable[[Path], Path], other: str) -> None:
+    base = layout(tmp_path / "f")
+    save(base / other / "0.png")
+    with pytest.raises(InvalidInput, match=rf"has both train/(0\.normal|good) and {other}, of two layouts\. Rename one"):
+        load(base, tmp_path)
 
 
 def test_a_home_that_is_not_there_is_said_in_one_line(bench) -> None:

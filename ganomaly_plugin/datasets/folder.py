@@ -82,7 +82,8 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     if not base.is_dir() and (root / base).is_dir():
         base = root / base
     if not base.is_dir():
-        raise InvalidInput(f"There is no folder {base.absolute()}, nor {(root / base).absolute()}. Give folder:PATH.")
+        below = "" if base.is_absolute() else f", nor {(root / base).absolute()}"
+        raise InvalidInput(f"There is no folder {base.absolute()}{below}. Give folder:PATH.")
     problems: list[Problem] = []
     others: Counter[str] = Counter()
     try:
@@ -120,9 +121,9 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
 def _class_folders(base: Path, problems: list[Problem]) -> list[tuple[bool, str | None, Path]]:
     """(is test, kind of defect or None for normal, folder) of each class folder of the layout that `base` has."""
     if (base / "train" / "0.normal").is_dir():
-        normal = "0.normal"
+        normal, other = "0.normal", "good"
     elif (base / "train" / "good").is_dir():
-        normal = "good"
+        normal, other = "good", "0.normal"
     elif (base / "good").is_dir() and (base / "bad").is_dir():
         return [(False, None, base / "good"), (False, "bad", base / "bad")]
     else:
@@ -137,6 +138,8 @@ def _class_folders(base: Path, problems: list[Problem]) -> list[tuple[bool, str 
         except OSError as error:
             problems.append(Problem(base / part, _reason(error)))
             continue
+        if other in names:  # whose normal images would count as a defect
+            raise InvalidInput(f"{base.absolute()} has both train/{normal} and {part}/{other}, of two layouts. Rename one.")
         found += [(part == "test", None if name == normal else name, base / part / name) for name in names]
     return found
 
