@@ -67,8 +67,9 @@ def test_equal_pixels_in_different_files_leak(tmp_path: Path) -> None:
         Image.new("L", (12, 12), k).save(path)
     noise.save(tmp_path / "f/train/good/1.png")
     noise.save(tmp_path / "f/test/good/0.bmp")
+    noise.convert("RGB").save(tmp_path / "f/test/bad/1.png")  # grey in three channels
     report = check(f"folder:{tmp_path / 'f'}", tmp_path)
-    assert report.leaks == [["train/good/1.png", "test/good/0.bmp"]]
+    assert report.leaks == report.conflicts == [["train/good/1.png", "test/bad/1.png", "test/good/0.bmp"]]
 
 
 def test_describe_what_is_there(tmp_path: Path) -> None:
