@@ -136,6 +136,15 @@ def test_what_a_job_does_to_its_process_is_its_own_affair(capsys: pytest.Capture
     assert not printed.out and "printed by a detector" in printed.err
 
 
+def test_results_go_where_bench_run_was_started(folder: Path, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("ganomaly_plugin.runner._here", lambda: None)  # as if nobody could say where that was
+    words = (*SWEEP, "--models", "crashing_detectors:Wanders,mean_intensity", "--epochs", 1)
+    code, stdout, stderr = bench(*words)
+    assert code == 0 and len(Store(folder / "out").records()) == 2, stderr
+    assert "printed" not in stdout and "printed by a detector" in stderr
+
+
 def test_a_job_that_forks_is_done_once() -> None:
     (job,) = jobs("crashing_detectors:Forks")
     (outcome,) = run_chunk((job,), SETTINGS)
