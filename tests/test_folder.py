@@ -197,6 +197,19 @@ def test_tiffs_are_turned_as_other_files_are(tmp_path: Path, orientation: int, c
     np.testing.assert_array_equal(*masks)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_tiffs_whose_white_is_zero_are_no_negatives(tmp_path: Path, orientation: int) -> None:
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    tags = {262: 0, 274: orientation}
+    bits8 = save(tmp_path / "8.tif", Image.fromarray(values), tiffinfo=tags)  # Pillow writes them inverted
+    bits16 = save(tmp_path / "16.tif", Image.fromarray(65535 - values.astype(np.uint16) * 257), tiffinfo=tags)
+    seen = np.asarray(decode.read_upright(bits8))
+    np.testing.assert_array_equal(seen, values if orientation == 1 else np.rot90(values, -1))
+    np.testing.assert_array_equal(decode.read_upright(bits16), seen)
+    masks = [decode.decode_mask(path, seen.shape[::-1], size=4, fit="pad")[0] for path in (bits8, bits16)]
+    np.testing.assert_array_equal(*masks)
+
+
 @pytest.mark.parametrize("size", [(40, 40), (100, 37), (33, 64), (17, 90)])
 def test_crop_is_torchvisions_resize_and_centre_crop(tmp_path: Path, size: tuple[int, int]) -> None:
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.escape import storable
@@ -83,6 +84,14 @@ def is_grey(path: Path) -> bool:
         return image.mode in _GREY_MODES or image.mode.startswith("I;16")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, turned as its EXIF orientation says, with 0 as black."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
+        return Image.fromarray(65535 - np.asarray(upright))  # TIFF's WhiteIsZero; of 8 bits Pillow sees to it
+    return upright
+
+
 def read_upright(path: Path) -> Image.Image:
     """The whole image, of mode L or RGB, turned as its EXIF orientation says.
 
@@ -93,7 +102,7 @@ def read_upright(path: Path) -> Image.Image:
         BadImage: It cannot be decoded, or its values are on no known scale.
     """
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         upright.load()
         mode = upright.mode
         if mode.startswith("I;16") or mode in ("I", "F"):
@@ -217,7 +226,7 @@ def decode_mask(path: Path, image_size: tuple[int, int], *, size: int, fit: str)
     """
     try:
         with _opened(path) as image:
-            mask = ImageOps.exif_transpose(image)
+            mask = _upright(image)
             values = np.asarray(mask.convert("L") if mask.mode in ("P", "RGB", "RGBA", "CMYK", "LA") else mask)
     except BadImage as error:
         raise BadImage(f"its mask {path.name} is {error}") from error

@@ -28,7 +28,7 @@ from ganomaly_plugin.escape import storable
 from ganomaly_plugin.files import locked
 from ganomaly_plugin.selection import as_word
 
-_FORMAT = 2  # of the cached folder; a change of how pixels are made changes it
+_FORMAT = 3  # of the cached folder; a change of how pixels are made changes it
 _BATCH = 16  # files a task of the thread pool decodes
 _NAMED = 5  # problems an error or a record names
 _UNUSED = 30 * 86_400.0  # seconds after which nobody is taken to want cached images any more
