@@ -75,7 +75,7 @@ def build_parser() -> Any:
 def _add_run(parser: Any) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options; the command line wins")
     parser.add_argument("--models", type=listed, help="detectors: ganomaly,ae,vae[latent_dim=2]; shell patterns work")
-    parser.add_argument("--datasets", type=listed, help="data sets, likewise with [options] (default: digits)")
+    parser.add_argument("--datasets", type=listed, help="data sets, likewise (default: digits, by networks 16 wide)")
     parser.add_argument("--protocols", type=names, help="protocol ids (default: one-anomalous/strict-v1)")
     parser.add_argument("--classes", type=names, help="classes that take their turn (default: all)")
     parser.add_argument("--seeds", type=raw, help="3, 0-2 or 0,2,5-7 (default: 0)")
@@ -89,7 +89,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--on_bad_image", "--on-bad-image", type=str, help="fail or skip, for data sets that read image files")
     parser.add_argument("--trust", type=names, help="modules whose class paths a --config may name, such as my_package")
     parser.add_argument("--limit", type=int, help="only the first so many jobs")
-    parser.add_argument("--out", type=str, help="results folder (default: results/quickstart, or results/CONFIG)")
+    parser.add_argument("--out", type=str, help="results folder (default: results/CONFIG, run or quickstart)")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
     parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--trainer", type=str, help="auto, plain, compiled; stacked: seeds and classes in one; or stacked-WAY")
@@ -351,6 +351,9 @@ def _stop(text: str, code: int = EXIT_USAGE) -> int:
     return code
 
 
+_ELSEWHERE = "Those of a model or data set go into brackets, as ganomaly[features=16]; bench ls ganomaly shows them."
+
+
 def _readable(error: Exception, words: Sequence[str]) -> str:
     """A parser error as one line, with the nearest option where a name is unknown."""
     text = " ".join(str(error).split())
@@ -363,7 +366,8 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
         actions = _options_of(command)
         if match:
             name = next(filter(None, match.groups())).split(".")[-1].replace("-", "_")
-            return one_line(unknown(f"option of bench {command}", name, list(actions)))
+            todo = _ELSEWHERE if command == "run" else ""
+            return one_line(unknown(f"option of bench {command}", name, list(actions), todo=todo))
         if stray:
             return _of_stray(stray[1], command, words, actions)
     dashed = re.search(r'Key "(\w+)" not found in namespace', text)

@@ -234,6 +234,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--config", "no.yaml"], "no.yaml. Give the path of a YAML file"),
         (["run", "--config", "models: ae\nclasses: 0" + 300 * " "], "No config file at models: ae classes: 0"),
         (["tables", "no_folder"], "not a results folder"),
+        (["run", "--models", "ae", "--select", "last"], "go into brackets, as ganomaly[features=16]; bench ls ganomaly shows"),
         (["ls", "nothing*"], "Nothing is called"),
         (["ls", "folder"], "Did you mean 'folder:'"),
         (["verify", "none.npz"], "No recording at none.npz"),
