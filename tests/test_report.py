@@ -79,6 +79,7 @@ def check(text: str) -> Page:
     described = sum(tag == "img" and name == "alt" and bool(value) for tag, name, value in page.attributes)
     assert described == page.tags["img"]
     assert not re.search(r"#fe0[12]|@import|https?://(?!www\.w3\.org)", text)
+    assert set(re.findall(r"<text[^>]*font-family: ([^;\"]*)", text)) <= {"'DejaVu Sans', sans-serif"}  # none of this machine
     return page
 
 

@@ -218,6 +218,7 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"(url\(|href=\")#([\w.-]+)", rf"\1#{prefix}\2", text)
     text = re.sub(r"(font: [\w. ]*?\d+px) [^;\"]*", r"\1 var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', sans-serif", text)  # no fonts of this machine's
     for placeholder, variable in _PLACEHOLDERS.items():
         text = text.replace(placeholder, variable)
     width, height = (float(value) for value in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
