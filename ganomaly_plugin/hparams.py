@@ -58,9 +58,17 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
         except (ArgumentError, OverflowError, TypeError, ValueError) as error:
             allowed = hints.get(key) or inspect.signature(cls).parameters[key].annotation
             hint = " Put a comma between two options." if isinstance(value, str) and re.search(r"\s\w+=", value) else ""
-            raise InvalidInput(f"{name}: {key} must be {inspect.formatannotation(allowed)}, got {value!r}.{hint}") from error
+            raise InvalidInput(f"{name}: {key} must be {_told_type(allowed)}, got {value!r}.{hint}") from error
         plain[key] = parsed[key]
     return plain
+
+
+def _told_type(hint: Any) -> str:
+    """The type `hint` for people, with the names of an Enum's members, which is what users write where text is not taken."""
+    leaves = _leaves(hint)
+    enums = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, enum.Enum) and str not in leaves]
+    members = ", ".join(name for each in enums for name in each.__members__)
+    return inspect.formatannotation(hint) + (f" ({members})" if members else "")
 
 
 def _takes_none(hint: Any) -> bool:

@@ -103,6 +103,7 @@ def test_what_a_callback_raises_stays_what_it_is(raised: BaseException) -> None:
         ("anomalib:Padimm", {}, "Did you mean 'Padim'"),
         ("anomalib:Padim", {"backbon": "resnet18"}, "Did you mean 'backbone'"),
         ("anomalib:Padim", {"n_features": "many"}, "n_features must be"),
+        ("anomalib:EfficientAd", {"model_size": 3}, r"must be \S*\.EfficientAdModelSize \| str, got 3"),  # text, not a name
         ("anomalib:CFM", {"lr": "fast"}, "lr must be float"),  # beside a Path that anomalib imports for type checkers only
         ("anomalib:Padim", {"image_size": 0}, "image_size must be at least 1"),
         ("anomalib:Ganomaly", {"batch_size": 0}, "batch_size must be at least 1"),

@@ -205,7 +205,7 @@ def test_a_dataclass_may_make_its_defaults(bench, tmp_path: Path):
     ("name", "given", "said"),
     [
         ("Unsaid", "", "norm is <Norm.FLAT: 'l1'>, which a record holds as text that does not make it again. Annotate norm"),
-        ("Named", "norm=l1", "norm must be odd_options.Norm, got 'l1'"),
+        ("Named", "norm=l1", "norm must be odd_options.Norm (FLAT, ROUND), got 'l1'"),
         ("Forgets", "sign=2", "does not return the option sign in its hparams as 2, and would be run without it; add it there"),
         ("Forgets", "betas=[0.1,0.9]", "does not return the option betas in its hparams as [0.1, 0.9]"),
         ("Forgets", "power=-3", "does not return the option power in its hparams as -3.0, but 3.0; return it there"),
