@@ -373,6 +373,18 @@ def test_pixel_metrics_need_a_mask_of_every_tested_anomaly(tmp_path: Path, bench
     assert "  without_mask: 5" in bench("data", "ls", f"folder:{base}")[1]
 
 
+def test_a_tested_defect_without_masks_stays_in(tmp_path: Path, bench) -> None:
+    base, out = mvtec(tmp_path / "f"), tmp_path / "out"
+    (base / "ground_truth/dirt/000_mask.png").unlink()
+    (base / "ground_truth/dirt").rmdir()
+    dataset = load(base, tmp_path)
+    assert dataset.has_mask.tolist() == [False] * 4 + [True, False, False] and dataset.source["without_mask"] == 1
+    code, _, err = bench("run", "--models", "pca", "--datasets", f"folder:{base}", "--image-size", 16, "--out", out)
+    (record,) = Store(out).records()
+    assert code == 0 and record.counts["test_anomalous"] == 2 and "auroc" in record.metrics, err
+    assert "pixel_auroc" not in record.metrics and "1 of 2 tested anomalies have no mask" in record.notes["pixel_auroc"]
+
+
 def test_a_plain_pair_may_have_masks(tmp_path: Path, bench) -> None:
     for k in range(3):
         save(tmp_path / f"f/good/{k}.png", k)

@@ -36,7 +36,7 @@ def load(
     be of one size.
 
     Masks of tested defects, and of `bad`, are the files of their names, or with `_mask` behind them, in ground_truth. A defect
-    in train has none.
+    in train, or without a folder there, has none; where there is a folder, every image has one.
 
     Args:
         path: The folder, as it is or below the data root.
@@ -99,7 +99,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     official = all(folder.parent != base for _, _, folder in found)  # a plain pair says nothing of parts
     for is_test, kind, folder in found:
         masks = base / "ground_truth" / folder.name
-        masked = kind is not None and ((is_test and masks.parent.is_dir()) or (not official and masks.is_dir()))
+        masked = kind is not None and (is_test or not official) and masks.is_dir()
         label = 0 if kind is None else 1 if defects == "together" else 1 + kinds.index(kind)
         images = _images(folder, label, is_test, masks if masked else None, problems, others)
         files += images
