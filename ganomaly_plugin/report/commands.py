@@ -72,11 +72,11 @@ def tables(options: Any) -> int:
     if options.against:
         made = against_published(made)
         tell(left_alone(made))
-    print(WRITERS[options.format](made), end="")
     try:
-        write_tables(store, frame, plain)
+        write_tables(store, frame, plain)  # first: whoever reads what follows may go away
     except CannotStore as error:  # results on a read-only disk can be looked at all the same
         print(f"bench: {error}", file=sys.stderr)
+    print(WRITERS[options.format](made), end="")
     return 0
 
 
