@@ -150,6 +150,7 @@ class Comparison:
     """How two results folders differ, as lines for people."""
 
     equal: int = 0
+    failed: int = 0  # in both
     other_scores: list[str] = field(default_factory=list)  # the same job, another result
     other_status: list[str] = field(default_factory=list)
     not_comparable: list[str] = field(default_factory=list)  # alike in name, not in what was done
@@ -164,6 +165,7 @@ class Comparison:
     def lines(self) -> list[str]:
         """The comparison, a line each."""
         found = [f"{self.equal} jobs with the same scores in both"]
+        found += [f"{self.failed} jobs failed in both"] if self.failed else []
         for title in ("other_scores", "other_status", "not_comparable", "only_first", "only_second"):
             entries = getattr(self, title)
             if entries:
@@ -204,7 +206,7 @@ def _compare_job(found: Comparison, stores: tuple[Store, Store], a: RunRecord, b
     if a.status != b.status:
         found.other_status.append(f"{a.job.title}: {a.status} against {b.status}: {a.error or b.error}")
     elif a.status == "failed":
-        found.equal += 1
+        found.failed += 1
     elif a.split_digest != b.split_digest:
         found.not_comparable.append(f"{a.job.title}: other splits of the data ({a.split_digest} against {b.split_digest})")
     elif _same_scores(stores[0].scores(a.job), stores[1].scores(b.job)):

@@ -93,6 +93,8 @@ def test_a_failure_gives_way_to_a_result(tmp_path: Path, bench) -> None:
     fill(tmp_path / "one", [Outcome(replace(done.record, status="failed", error="out of memory", metrics={}))])
     fill(tmp_path / "two", [done])
     assert "done against failed: out of memory" in bench("diff", tmp_path / "two", tmp_path / "one")[1]
+    same = bench("diff", tmp_path / "one", tmp_path / "one")[1].splitlines()
+    assert same[:2] == ["0 jobs with the same scores in both", "1 jobs failed in both"]
     for order in (("one", "two"), ("two", "one")):
         out = tmp_path / "-".join(order)
         assert bench("merge", *(tmp_path / name for name in order), "--out", out)[0] == 0

@@ -53,6 +53,15 @@ def test_answers_and_derivatives_are_those_of_the_library(name: str, channels_la
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_images_may_be_given_by_name(transposed: bool) -> None:
+    function = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 4, 4)
+    with cpu_convolutions(CPU):
+        found = function(input=x, weight=weight)
+    torch.testing.assert_close(found, function(x, weight))
+
+
 def test_bfloat16_and_other_devices_are_left_to_the_library() -> None:
     layer, shape, _ = LAYERS["whole map"]
     with cpu_convolutions(CPU), torch.autocast("cpu", torch.bfloat16):

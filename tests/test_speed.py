@@ -107,6 +107,28 @@ def test_models_trained_together_count_their_images_together(bench, tmp_path: Pa
     assert code == 2 and "cannot be stacked: it trains in 2 stages" in said
 
 
+def test_a_detector_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
+    words = ["--models", "ae,crashing_detectors:Exits,mean_intensity", "--peers", "none", "--image-size", 16, "--features", 2]
+    words += ["--batch-size", 4, "--images", 16, "--repeats", 5, "--out", tmp_path / "speed.csv"]
+    code, out, _ = bench("speed", *words)
+    assert code == 0 and "the scoring of crashing_detectors:Exits is not timed: SystemExit: 0" in out
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    assert list(rows["what"]) == ["training", "scoring", "scoring"]
+    code, out, _ = bench("speed", "--models", "crashing_detectors:Exits", *words[2:])
+    assert code == 1 and "is not timed" in out
+
+
+def test_a_stage_that_fails_is_a_line(bench, tmp_path: Path, monkeypatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("no step")
+
+    monkeypatch.setattr("ganomaly_plugin.speed.measure.plain", refused)
+    words = ["--models", "ae,mean_intensity", "--peers", "none", "--image-size", 16, "--features", 2, "--batch-size", 4]
+    code, out, _ = bench("speed", *words, "--images", 16, "--repeats", 5, "--out", tmp_path / "speed.csv")
+    assert code == 0 and "ae[batch_size=4,features=2] is not timed: RuntimeError: no step" in out
+    assert list(pd.read_csv(tmp_path / "speed.csv")["what"]) == ["scoring", "scoring"]
+
+
 def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 90 GiB\nand more")

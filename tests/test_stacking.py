@@ -139,6 +139,7 @@ def test_a_model_that_diverges_is_one_failed_record(bench, tmp_path: Path, monke
         ("Dropped", "stacked-streams", "draws random numbers of its own"),
         ("Dropped", "stacked-matmul", "randomness"),
         ("Spectral", "stacked", "deepcopy"),
+        ("Late", "stacked", "draws random numbers of its own"),
         ("Tied", "stacked-grouped", "share weights"),
     ],
 )
@@ -150,7 +151,7 @@ def test_what_turns_out_not_to_stack_runs_one_by_one(bench, tmp_path: Path, name
     assert bench("diff", tmp_path / "stacked", tmp_path / "plain")[0] == 0
 
 
-@pytest.mark.parametrize("name", ["Drawing", "Silent"])
+@pytest.mark.parametrize("name", ["Drawing", "Silent", "Scattered", "Named"])
 def test_a_stack_scores_and_logs_as_the_plain_trainer(bench, tmp_path: Path, name: str) -> None:
     words = ["--models", f"unusual_recipes:{name}{TINY}", *SWEEP, "--protocols", "one-anomalous/paper-v1"]
     for trainer in ("stacked", "plain"):

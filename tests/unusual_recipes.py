@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -119,3 +120,55 @@ class Frozen(AutoencoderRecipe):
     def build(self, chw):
         networks, first = super().build(chw), nn.Conv2d(chw[0], chw[0], 3, padding=1).requires_grad_(False)
         return {**networks, "encoder": nn.Sequential(first, networks["encoder"])}
+
+
+class LateNoise(nn.Module):
+    """An encoder that draws from NumPy's global generator, from its third call in training on."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.calls = encoder, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.encoder(x) * (1 + 0.1 * np.random.randn() * (self.training and self.calls > 2))  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Late(AutoencoderRecipe):
+    """Draws, and not from torch, once training is on its way."""
+
+    def build(self, chw):
+        networks = super().build(chw)
+        return {**networks, "encoder": LateNoise(networks["encoder"])}
+
+
+@dataclass(frozen=True)
+class Scattered(AutoencoderRecipe):
+    """Weighs the pixels by numbers that it draws when it is calibrated."""
+
+    calibrates = True
+
+    def build(self, chw):
+        weights = nn.Module()
+        weights.register_buffer("of_pixels", torch.zeros(chw))
+        return {**super().build(chw), "weights": weights}
+
+    def calibrate(self, networks, train, held_out):
+        networks["weights"].of_pixels.copy_(torch.rand(networks["weights"].of_pixels.shape))
+
+    def score(self, networks, images):
+        apart = (images - self.reconstruct(networks, images)).abs()
+        return (apart * networks["weights"].of_pixels).flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Named(AutoencoderRecipe):
+    """Hands its images to a convolution by name."""
+
+    def build(self, chw):
+        return {**super().build(chw), "first": nn.Conv2d(chw[0], 1, 3, padding=1)}
+
+    def score(self, networks, images):
+        first = networks["first"]
+        return nn.functional.conv2d(input=images, weight=first.weight, bias=first.bias, padding=1).flatten(1).mean(1)

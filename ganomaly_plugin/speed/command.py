@@ -49,6 +49,17 @@ def run_speed(options: Any) -> int:
     print(f"{shape}, {options.dataset or 'random pixels'}, on {hardware}, torch {versions()['torch']}")
     print(f"medians of {options.repeats} turns, after {WARM_UP} calls to warm up", flush=True)
     rows: list[Row] = []
+    common = {"shape": shape, "pixels": options.dataset or "random", "hardware": hardware, "device": device.type}
+    common |= {name: versions().get(name, "") for name in ("ganomaly-plugin", "torch", "anomalib")}
+
+    def tell(title: str, part: list[Row]) -> None:
+        """Print a part of the rows, and write all that there are so far."""
+        rows.extend(part)
+        if part:
+            print("\n".join(["", title, *_table(part, options.repeats)]), flush=True)
+        if options.out and rows:
+            atomic_write(Path(options.out), _csv(rows, common).encode())
+
     if "training" in options.measure:
         for selection in selections:
             if recipe_of(selection) is None:
@@ -61,17 +72,11 @@ def run_speed(options: Any) -> int:
         training = time_training(
             selections, options.trainers, peers, setting, repeats=options.repeats, peer_precision=peer_precision
         )
-        print("\n".join(["", "training", *_table(training, options.repeats)]), flush=True)
-        rows += training
+        tell("training", training)
     if "scoring" in options.measure:
-        scoring = time_scoring(selections, images[: options.images], device, repeats=options.repeats)
-        print("\n".join(["", f"scoring {len(images[: options.images])} images", *_table(scoring, options.repeats)]))
-        rows += scoring
-    if options.out and rows:
-        common = {"shape": shape, "pixels": options.dataset or "random", "hardware": hardware, "device": device.type}
-        common |= {name: versions().get(name, "") for name in ("ganomaly-plugin", "torch", "anomalib")}
-        atomic_write(Path(options.out), _csv(rows, common).encode())
-    return 0
+        shown = images[: options.images]
+        tell(f"scoring {len(shown)} images", time_scoring(selections, shown, device, repeats=options.repeats))
+    return 0 if rows else 1
 
 
 def _check(options: Any) -> None:

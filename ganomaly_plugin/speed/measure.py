@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
-from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.errors import FAULTS, InvalidInput, one_line
 from ganomaly_plugin.facts import described
 from ganomaly_plugin.recipe import Precision, Recipe
 from ganomaly_plugin.registry import make_detector
@@ -116,9 +116,11 @@ def time_training(
         recipe.check_shape(setting.chw)
         for stage in recipe.stages:
             name = label if len(recipe.stages) == 1 else f"{label}, {stage.name}"
-            flops, _ = _work_per_image(plain(recipe, stage, setting))
-            before, refused = len(candidates), list[Exception]()
-            for trainer in trainers:
+            before, refused = len(candidates), list[BaseException]()
+            flops: float | None = None
+            with _said(name, refused):
+                flops, _ = _work_per_image(plain(recipe, stage, setting))
+            for trainer in trainers if flops is not None else ():
                 prepare = functools.partial(TRAINERS[trainer], recipe, stage, setting)
                 with _said(f"{name}, {trainer}", refused):
                     candidates.append(_prepared(name, trainer, recipe, setting, prepare, flops))
@@ -128,11 +130,11 @@ def time_training(
 
 
 @contextlib.contextmanager
-def _said(what: str, errors: list[Exception] | None = None) -> Iterator[None]:
+def _said(what: str, errors: list[BaseException] | None = None) -> Iterator[None]:
     """Make of an error one line, which says that `what` is not timed, and add it to `errors`."""
     try:
         yield
-    except Exception as error:
+    except FAULTS as error:
         print(f"{what} is not timed: {one_line(error)}", flush=True)
         traceback.clear_frames(error.__traceback__)  # they hold its models
         if errors is not None:
@@ -214,9 +216,13 @@ def _size(modules: Any) -> int:
 def time_scoring(selections: Sequence[Selection], images: np.ndarray, device: torch.device, *, repeats: int) -> list[Row]:
     """Scoring rows of detectors on `images` `(n, c, h, w)`, each fitted for one epoch on a batch of them.
 
-    The weights do not matter for the time. A detector that has taken over 30 seconds is not timed again.
+    The weights do not matter for the time. A detector that has taken over 30 seconds is not timed again; one that fails is a
+    printed line and no row.
     """
-    candidates = [_scoring(selection, images, device) for selection in selections]
+    candidates: list[_Candidate] = []
+    for selection in selections:
+        with _said(f"the scoring of {show(selection.name, selection.options)}"):
+            candidates.append(_scoring(selection, images, device))
     return _timed(candidates, device, repeats, None, patience=PATIENCE)
 
 
@@ -251,6 +257,8 @@ def _timed(
     patience: float = float("inf"),
 ) -> list[Row]:
     """Time the candidates, and beside them a large copy and a large matrix product in each precision that occurs, in turns."""
+    if not candidates:
+        return []
     tasks = {str(k): c.task for k, c in enumerate(candidates) if c.task is not None}
     tasks |= {f"latency {k}": c.latency for k, c in enumerate(candidates) if c.latency is not None}
     ceiling_flops = {}

@@ -46,7 +46,9 @@ class _Layers(TorchFunctionMode):
         self.forms, self.dtype = forms, dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:  # as the forms have it, and nearly everybody writes it
+            args = (kwargs.pop("input"),)
         if self.dtype is not None and func in self.forms and func in _PRODUCTS:  # which rounds its kernels itself
             args = (args[0].to(self.dtype), *args[1:])
         elif self.dtype is not None and func in _PRODUCTS:
@@ -208,7 +210,7 @@ def _conv2d(
     *,
     implicit: bool,
 ) -> Tensor:
-    if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
+    if x.ndim != 4 or not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
         y = torch.conv2d(x, weight.to(x.dtype), _like(x, bias), stride, padding, dilation, groups)
         return activated(y, slope)
     return _of_all_conv2d(x, weight, bias, pair(stride), pair(padding), implicit, slope)
@@ -226,7 +228,7 @@ def _conv_transpose2d(
     *,
     implicit: bool,
 ) -> Tensor:
-    if not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
+    if x.ndim != 4 or not is_usual(padding, dilation, groups):  # torch carries it out with a group for each model
         kernels, bias = weight.to(x.dtype), _like(x, bias)
         return torch.conv_transpose2d(x, kernels, bias, stride, padding, output_padding, groups, dilation)
     return _of_all_conv_transpose2d(x, weight, bias, pair(stride), pair(padding), pair(output_padding), implicit)

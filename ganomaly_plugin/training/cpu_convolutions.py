@@ -26,7 +26,7 @@ class _AsProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         form = _FORMS.get(func)
-        found = form(*args, **kwargs) if form is not None else None
+        found = form(*args, **kwargs) if form is not None and args else None  # of `input=x` the library's own
         return func(*args, **kwargs) if found is None else found
 
 

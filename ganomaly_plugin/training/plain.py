@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,11 @@ def build_networks(recipe: Recipe, chw: tuple[int, int, int], seed: int) -> dict
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """`network` moved to `device` in place, its kernels in channels-last order, which convolutions run faster on."""
-    return network.to(device).to(memory_format=torch.channels_last)
+    network.to(device)
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def make_optimiser(options: Optimiser, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

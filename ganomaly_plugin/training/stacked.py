@@ -58,6 +58,8 @@ class _Networks(nn.Module):
         before = dict(self.named_buffers())
         computed = phase.loss(called, step)
         for name, buffer in self.named_buffers():
+            if name not in before:
+                raise InvalidInput(f"the buffer {name} is made in training, and a stack has to know it before")
             if buffer is not before[name]:  # by assignment, which does not outlast this call
                 before[name].copy_(buffer.detach())
         return computed
@@ -97,8 +99,11 @@ class StackedTrainer:
             network.train(name in trained)
         self._called = joined(self._template) if convolutions == "implicit" else self._template
         wrapped = [_Networks(networks) for networks in models]
-        if len(list(wrapped[0].named_parameters(remove_duplicate=False))) > len(list(wrapped[0].parameters())):
-            raise InvalidInput("networks that share weights are not trained as one set of kernels. Use the plain trainer.")
+        if any(
+            len(list(named(remove_duplicate=False))) > len(list(named()))
+            for named in (wrapped[0].named_parameters, wrapped[0].named_buffers)
+        ):
+            raise InvalidInput("networks that share weights or buffers are not trained as one set of kernels")
         self._frozen = {name for name, weight in wrapped[0].named_parameters() if not weight.requires_grad}
         weights = [dict(each.named_parameters()) for each in wrapped]
         buffers = [dict(each.named_buffers()) for each in wrapped]

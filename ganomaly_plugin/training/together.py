@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,14 +184,16 @@ def _too_large(
 
 @contextmanager
 def _nothing_drawn(device: torch.device) -> Iterator[None]:
-    """Refuse a step that draws from torch's own generators, which the models of a stack would share."""
+    """Refuse a step that draws from the process's own generators, which the models of a stack would share."""
 
-    def generators() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    def generators() -> list[Any]:
+        _, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - which a recipe may draw from
+        of_torch = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+        return [random.getstate(), np.asarray(numbers).tobytes(), rest, *(state.numpy().tobytes() for state in of_torch)]
 
     before = generators()
     yield
-    if not all(map(torch.equal, before, generators())):
+    if before != generators():
         raise InvalidInput("a step draws random numbers of its own, as dropout does, and not by the recipe's draw")
 
 
@@ -202,7 +206,7 @@ def _run(courses: list[_Course], data: Tensor, device: torch.device, choice: Cho
     size = len(courses)
     while courses:
         index = torch.stack([course.next_batch() for course in courses])
-        with nullcontext() if stack.steps else _nothing_drawn(device):
+        with _nothing_drawn(device) if device.type == "cpu" or not stack.steps else nullcontext():
             losses = stack.step(data[index.to(data.device)])
         rows = torch.stack(list(losses.values())) if losses else index.new_empty(0, len(courses))  # (losses, m)
         for k, course in enumerate(courses):
