@@ -16,15 +16,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from test_measures import fill
 
 from ganomaly_plugin import provenance
 from ganomaly_plugin.cli import COMMANDS, main
+from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import latex_escape
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.tables import make_tables
 from ganomaly_plugin.report.writers import LATEX_ROWS, runs_frame, to_latex, to_markdown, to_text, write_tables
-from ganomaly_plugin.selection import parse_selection
+from ganomaly_plugin.runner import check_unchanged, make_plan
+from ganomaly_plugin.selection import Selection, parse_selection
 from ganomaly_plugin.store import Store, read_record
 
 TINY = ["--hparams", "features=2,latent_dim=4", "--epochs", 1]
@@ -111,6 +115,7 @@ def test_failures_are_rows_and_the_sweep_goes_on(bench, tmp_path: Path, monkeypa
     assert sorted(runs["status"]) == ["done", "failed", "failed", "failed"]
     failed = [read_record(path) for path in records(out) if read_record(path).status == "failed"]
     assert any("broken_package.py" in (record.traceback or "") for record in failed)
+    assert sum(record.traceback is None for record in failed) == 2  # of scores that are refused, one line says it all
     code, _, stderr = bench(*words)
     assert code == 1 and "1 done before, 3 failed before, 0 to run" in stderr and "--retry-failed" in stderr
     (tmp_path / "broken_package.py").write_text(
@@ -120,6 +125,51 @@ def test_failures_are_rows_and_the_sweep_goes_on(bench, tmp_path: Path, monkeypa
     code, _, stderr = bench(*words, "--retry-failed")
     assert code == 1 and "3 to run" in stderr
     assert sorted(pd.read_csv(out / "runs.csv")["status"]) == ["done", "done", "failed", "failed"]
+
+
+def test_what_is_nearer_to_a_model_or_a_data_set_comes_first() -> None:
+    experiment = Experiment(
+        [Selection("ae", {"latent_dim": 5}), Selection("ganomaly")],
+        [Selection("digits", {"image_size": 16}), Selection("digits")],
+        ["one-anomalous/strict-v1"],
+        ["0"],
+        image_size=32,
+        hparams={"latent_dim": 4, "features": 3},
+        preset={"features": 2, "batch_size": 8, "no_such": 1},
+    )
+    found = [
+        (job.data["image_size"], *(job.hparams[k] for k in ("latent_dim", "features", "batch_size")))
+        for job in expand(experiment)
+    ]
+    assert found == [(16, 5, 3, 8), (16, 4, 3, 8), (32, 5, 3, 8), (32, 4, 3, 8)]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("ae[epochs=1,steps=3]", "ae has a budget of epochs=1 and of steps=3. Give one of them."),
+        ("ae[steps=true]", "steps must be a whole number of at least 1, got True."),
+        ("ae[epochs=true]", "epochs must be a whole number of at least 1, got True."),
+        ("pca[n_components=256]", "pca: n_components must be smaller than the number of pixels, 256"),
+    ],
+)
+def test_a_model_that_cannot_be_is_named(bench, tmp_path: Path, model: str, said: str) -> None:
+    words = ["run", "--models", model, "--datasets", "digits", "--image_size", 16, "--classes", "0", "--out", tmp_path / "out"]
+    code, _, stderr = bench(*words)
+    assert code == 2 and said in stderr and not (tmp_path / "out").exists()
+
+
+def test_jobs_of_another_share_are_no_change_of_the_data(bench, tmp_path: Path) -> None:
+    for share in ((), ("--train-fraction", 0.5)):
+        code, _, stderr = bench(*FLOOR, *share, "--out", tmp_path / "out")
+        assert code == 0, stderr
+    made = fake_outcome("a", "x", 0, 0.5)
+    store = fill(tmp_path / "old", [replace(made, record=replace(made.record, split_digest=None))])  # as older records are
+    job = replace(made.record.job, detector="b")
+    check_unchanged(make_plan([job], store), store, {job.key: "now"})
+    store.put(fake_outcome("c", "x", 0, 0.5))
+    with pytest.raises(InvalidInput, match="1 of 2 finished jobs are of other images"):
+        check_unchanged(make_plan([job], store), store, {job.key: "now"})
 
 
 def test_bad_images_fail_or_are_skipped(bench, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import recipe_hparams
 from ganomaly_plugin.registry import load_detector, make_detector
-from ganomaly_plugin.training.plain import epochs_of
-from ganomaly_plugin.training.validation import hold_out
+from ganomaly_plugin.training import fitting
+from ganomaly_plugin.training.plain import build_networks, epochs_of, train
+from ganomaly_plugin.training.validation import CALIBRATION_LIMIT, NormalValidation, calibrate, hold_out
 
 SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
@@ -64,6 +65,13 @@ def test_budgets_that_make_no_sense_are_refused():
         make_detector("pca").fit(blobs(8), steps=3)
 
 
+@pytest.mark.parametrize("value", [True, 1.0, 0, -1, "3"])
+@pytest.mark.parametrize("budget", ["epochs", "steps"])
+def test_a_budget_is_a_whole_number(budget, value):
+    with pytest.raises(InvalidInput, match=f"{budget} must be a whole number of at least 1"):
+        make_detector("ae", features=2, latent_dim=2).fit(blobs(8), **{budget: value})
+
+
 def test_bench_run_takes_steps_and_tables_show_them(bench, tmp_path):
     words = ("run", "--datasets", "digits", "--image_size", "16", "--classes", "0", "--hparams", "features=4")
     out = tmp_path / "out"
@@ -107,6 +115,77 @@ def test_held_out_images_are_a_seeded_share_and_never_trained_on():
     assert torch.equal(hold_out(20, 0.2, seed=3)[1], held) and not torch.equal(hold_out(20, 0.2, seed=4)[1], held)
 
 
+def validation(name: str, criterion: str, images: np.ndarray, seed: int = 0) -> tuple[NormalValidation, dict]:
+    recipe = make_detector(name, select="normal-val", criterion=criterion, **SMALL).recipe
+    networks = {name: network.eval() for name, network in build_networks(recipe, (1, 16, 16), 0).items()}
+    return NormalValidation(
+        recipe, torch.from_numpy(images), seed=seed, networks=networks, device=torch.device("cpu")
+    ), networks
+
+
+def test_a_criterion_is_the_mean_over_all_held_out_images():
+    images = np.concatenate([blobs(8), -blobs(2)])  # a batch, and a short one unlike it
+    judge, networks = validation("ganomaly", "contextual", images)
+    with torch.no_grad():
+        x_hat = networks["generator"](torch.from_numpy(images))[0]
+    assert judge._loss(networks) == pytest.approx(float((torch.from_numpy(images) - x_hat).abs().mean()), rel=1e-4)
+
+
+def test_the_noise_of_a_criterion_is_the_same_for_every_epoch():
+    judge, networks = validation("vae", "negative_elbo", blobs(10))
+    assert judge._loss(networks) == judge._loss(networks)
+    assert validation("vae", "negative_elbo", blobs(10), seed=1)[0]._loss(networks) != judge._loss(networks)
+
+
+def test_a_ranking_is_held_against_that_of_the_epoch_before(monkeypatch):
+    judge, networks = validation("ganomaly", "stability", blobs(4))
+    rankings = iter([[1, 2, 3, 4], [2, 4, 6, 8], [8, 6, 4, 2], [4, 3, 2, 1], [5, 5, 5, 5], [1, 2, 3, 4]])
+    monkeypatch.setattr(type(judge.recipe), "score", lambda *_: torch.tensor(next(rankings), dtype=torch.float32))
+    for epoch in range(1, 7):
+        judge.after_epoch(epoch, networks)
+    assert judge.values == pytest.approx([2, 0, 2, 0, 2, 2])  # nothing to compare with, or to rank, is as bad as can be
+    assert judge.best_epoch == 2
+
+
+def test_calibration_sees_a_seeded_sample_of_many_images(monkeypatch):
+    recipe = make_detector("ganomaly", score_by="combined", **SMALL).recipe
+    networks = build_networks(recipe, (1, 16, 16), 0)
+    images, seen = torch.arange(1100.0).view(-1, 1, 1, 1).expand(-1, 1, 16, 16) / 1100, []
+    monkeypatch.setattr(
+        type(recipe), "calibrate", lambda _, networks, train, held_out: seen.append(torch.cat(train)[:, 0, 0, 0])
+    )
+    for seed in (0, 0, 1):
+        facts = calibrate(recipe, networks, images, None, seed=seed, device=torch.device("cpu"))
+    assert facts == {"calibrated_on": "training images", "calibration_images": CALIBRATION_LIMIT}
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]) and seen[0].max() > 1090 / 1100
+    asked: list[int] = []
+    monkeypatch.setattr(fitting, "calibrate", lambda *_, seed, **__: asked.append(seed) or {"calibrated_on": "held-out images"})
+    make_detector("ganomaly", score_by="combined", **SMALL).fit(blobs(9), seed=5, steps=1, device="cpu")
+    assert asked == [5]
+
+
+def test_few_images_held_out_to_choose_the_epoch_are_too_few_to_calibrate_on():
+    detector = make_detector("ganomaly", score_by="combined", select="normal-val", **SMALL).fit(
+        blobs(40), epochs=1, device="cpu"
+    )
+    assert detector.describe()["validation_images"] == 4
+    assert detector.describe()["calibrated_on"] == "training images"
+
+
+def test_a_stage_that_ends_early_leaves_the_next_its_epochs():
+    recipe = make_detector("f_anogan", features=2, latent_dim=2, batch_size=8).recipe
+    seen: list[int] = []
+    trainer = train(
+        recipe,
+        torch.from_numpy(blobs(16)),
+        seed=0,
+        epochs=3,
+        device=torch.device("cpu"),
+        after_epoch=lambda epoch, *_: seen.append(epoch) or epoch == 1,
+    )
+    assert seen == [1, 2, 3, 4] and trainer.steps == 4 * 2
+
+
 @pytest.mark.parametrize(
     ("n", "more", "message"),
     [
@@ -121,6 +200,15 @@ def test_a_validation_that_cannot_be_is_refused_before_training(n, more, message
     detector = make_detector("ganomaly", select="normal-val", **more, **SMALL)
     with pytest.raises(InvalidInput, match=message):
         detector.fit(blobs(n), epochs=1, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion", "said"), [("ganomaly", "generater", "generator"), ("f_anogan", "encoder", "one stage")]
+)
+def test_a_choice_that_cannot_be_is_refused_with_the_shape(name, criterion, said):
+    detector = make_detector(name, features=4, latent_dim=4, select="normal-val", criterion=criterion)
+    with pytest.raises(InvalidInput, match=said):
+        detector.check_shape((1, 16, 16))
 
 
 def test_selection_needs_one_stage():
@@ -140,7 +228,7 @@ def test_shares_and_patience_are_checked(hparams, message):
         (blobs(3), ["3 training images, fewer than batch_size=8, form each batch"]),
         (np.repeat(blobs(1), 9, axis=0), ["all training images are equal"]),
         (blobs(1), ["1 training images", "all training images are equal"]),
-        (blobs(9), []),
+        (blobs(8), []),
     ],
     ids=["few", "equal", "one", "enough"],
 )

@@ -109,6 +109,19 @@ def test_a_pixel_that_never_varies_is_divided_by_one():
     assert (scaler.divisor[:32] == 1).all() and (scaler.divisor[32:] < 1).all()
     as_float = Scaler.of(torch.from_numpy((train / 127.5 - 1).astype(np.float32)), True)
     np.testing.assert_allclose(as_float.divisor, scaler.divisor, rtol=1e-5)
+    rounded = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    rounded[:, :, 0] = 0.1
+    rounded[0, :, 0] = float(np.nextafter(np.float32(0.1), np.float32(1)))  # nothing but rounding is between them
+    assert (Scaler.of(rounded, True).divisor[:4] == 1).all()
+
+
+def test_what_a_model_holds_is_counted():
+    train = noise(20)
+    d = train[0].size
+    assert make_detector("pca", n_components=3).fit(train).describe()["parameters"] == (3 + 2) * d  # mean and divisor
+    assert make_detector("knn").fit(train).describe()["parameters"] == 20 * d
+    found = make_detector("ocsvm").fit(train).describe()
+    assert found["parameters"] == found["support_vectors"] * (d + 1) + 1
 
 
 @pytest.mark.parametrize("name", NAMES)

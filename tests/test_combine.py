@@ -114,6 +114,56 @@ def test_a_difference_is_explained_by_the_nearest_namesake(tmp_path: Path, bench
     assert "only first: 1\n  c · " in stdout and "only second: 2\n" in stdout
 
 
+def test_the_nearest_namesake_is_so_whatever_the_order_of_records(tmp_path: Path, bench) -> None:
+    names = [f"d{k}" for k in range(8)]
+    fill(tmp_path / "one", [outcome(name) for name in names])
+    far = [outcome(name, protocol="x", data={"image_size": 64}) for name in names]
+    fill(tmp_path / "two", [*far, *(outcome(name, protocol="x") for name in names)])
+    stdout = bench("diff", tmp_path / "one", tmp_path / "two")[1]
+    assert stdout.count(": protocol one-anomalous/paper-v1 against x\n") == 8 and "only second: 8\n" in stdout
+
+
+def test_what_is_said_of_a_difference_steers_no_terminal(tmp_path: Path, bench) -> None:
+    fill(tmp_path / "one", [outcome("a\x1b[31m")])
+    fill(tmp_path / "two", [outcome("b")])
+    assert "\x1b" not in bench("diff", tmp_path / "one", tmp_path / "two")[1]
+
+
+def test_a_difference_is_told_by_settings_and_not_by_labels(tmp_path: Path, bench) -> None:
+    for folder, n in (("one", 5), ("two", 9)):
+        made = outcome("pca")
+        job = replace(made.record.job, hparams={"n": n}, label=f"pca[n={n}]")
+        fill(tmp_path / folder, [replace(made, record=replace(made.record, job=job))])
+    code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "two")
+    assert code == 1 and stdout.endswith(": n 5 against 9\n")
+
+
+def test_the_same_scores_of_another_truth_are_another_result(tmp_path: Path, bench) -> None:
+    made = outcome("a")
+    fill(tmp_path / "one", [made])
+    fill(tmp_path / "two", [replace(made, arrays={**made.arrays, "is_anomaly": ~made.arrays["is_anomaly"]})])
+    code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "two")
+    assert code == 1 and "other scores: 1" in stdout
+
+
+def test_sample_images_go_along(tmp_path: Path, bench) -> None:
+    made, pictures = outcome("a"), np.arange(32, dtype=np.uint8).reshape(2, 1, 4, 4)
+    fill(tmp_path / "one", [replace(made, images={"input": pictures})])
+    fill(tmp_path / "two", [outcome("b")])
+    assert bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")[0] == 0
+    assert np.array_equal(Store(tmp_path / "both").images(made.record.job)["input"], pictures)
+
+
+def test_long_lists_are_cut_and_the_rest_counted(tmp_path: Path, bench) -> None:
+    made = [outcome("a", seed=seed) for seed in range(24)]
+    fill(tmp_path / "one", made)
+    fill(tmp_path / "two", [altered(each) for each in made])
+    stdout = bench("diff", tmp_path / "one", tmp_path / "two")[1]
+    assert "other scores: 24\n" in stdout and stdout.count("AUROC") == 20 and stdout.endswith("  and 4 more\n")
+    stderr = bench("merge", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both")[2]
+    assert stderr.count("AUROC") == 3 and "; and 21 more." in stderr
+
+
 def test_what_cannot_be_merged(tmp_path: Path, bench) -> None:
     fill(tmp_path / "one", [outcome("a")])
     assert "Give two or more" in bench("merge", tmp_path / "one", "--out", tmp_path / "one")[2]

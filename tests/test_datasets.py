@@ -427,6 +427,7 @@ IMAGES, LABELS = np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 1, 1])
         (ImageDataset("m", IMAGES, LABELS.tolist(), ("a", "b")), "labels are no array of 4 whole numbers"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "b"), has_mask=LABELS), "its has_mask is no array of bool (4,)"),
         (ImageDataset("m", IMAGES, 5 * LABELS, ("a", "b")), "labels span [0, 5], and there are 2 classes"),
+        (ImageDataset("m", IMAGES, 2 * LABELS, ("a", "b")), "labels span [0, 2], and there are 2 classes"),
         (ImageDataset("m", IMAGES, -LABELS, ("a", "b")), "labels span [-1, 0]"),
         (ImageDataset("m", IMAGES, LABELS, (0, 1)), "classes are not names that differ, but (0, 1)"),
         (ImageDataset("m", IMAGES, LABELS, ("a", "a")), "classes are not names that differ"),
@@ -466,6 +467,8 @@ def test_options_of_a_users_loader(bench, tmp_path: Path) -> None:
         assert repr(odd_options.SEEN) == repr([{**defaults, **seen}])  # types included
     assert load_dataset("odd_options:load", opt=1) is not load_dataset("odd_options:load", opt=True)
     assert check_options("odd_options:load", {"mean": (1.0, 2.0)})["mean"] == [1.0, 2.0]
+    with pytest.raises(InvalidInput, match="image_size of data set digits must be int, got True"):
+        check_options("digits", {"image_size": True})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -345,6 +346,73 @@ def test_a_claim_that_was_copied_with_its_folder_is_void(tmp_path: Path) -> None
         with Claims(tmp_path / "claims") as yours:
             assert not yours.take(JOB)
     assert not (tmp_path / "copy").exists() and not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "age", "void"), [("claim", 60, False), ("claim", 180, True), ("", 5, False), ("", 60, True)]
+)
+def test_a_claim_of_another_machine_is_void_when_old(tmp_path: Path, content: str, age: float, void: bool) -> None:
+    with Claims(tmp_path / "claims") as mine:
+        path = tmp_path / "claims" / f"{JOB.slug}.json"
+        path.write_text(json.dumps({"host": "another", "pid": 1}) if content else "")  # or written in part, by whoever
+        os.utime(path, (time.time() - age,) * 2)
+        assert mine.take(JOB) is void
+
+
+def test_the_age_of_a_claim_is_by_the_clock_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Claims(tmp_path / "claims") as mine:
+        (tmp_path / "claims" / f"{JOB.slug}.json").write_text(json.dumps({"host": "another", "pid": 1}))
+        later = time.time() + 86400
+        monkeypatch.setattr(time, "time", lambda: later)  # this machine's
+        assert not mine.take(JOB)
+
+
+def test_an_heir_that_was_too_slow_gives_the_claim_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Claims(tmp_path / "claims") as mine:
+        path = tmp_path / "claims" / f"{JOB.slug}.json"
+        path.write_text(json.dumps({"host": "another", "pid": 1}))
+        os.utime(path, (time.time() - 180,) * 2)
+        theirs, rename = json.dumps({"host": "a third", "pid": 2}), Path.rename
+
+        def after_theirs(self: Path, target: Path) -> Path:  # it comes between our look and our move
+            path.write_text(theirs)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", after_theirs)
+        assert not mine.take(JOB)
+        assert path.read_text() == theirs and [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_claims_of_dead_runners_are_buried_at_the_end_and_parts_of_files_at_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (folder / "of-this-machine.json").write_text(json.dumps({"host": claims.this_host(), "pid": dead.pid}))
+    grave = folder / ".x.json.0123abcd.tmp"
+    grave.write_text("{")
+    os.utime(grave, (time.time() - 7200,) * 2)
+    with Claims(folder):
+        assert not grave.exists()
+    assert not folder.exists()
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(claims.os, "kill", refuse)
+    assert is_alive(os.getpid())
+
+
+def test_reading_records_leaves_the_collector_as_it_was(tmp_path: Path) -> None:
+    store = fill(tmp_path / "out", [outcome("a")])
+    try:
+        for enabled in (False, True):
+            (gc.enable if enabled else gc.disable)()
+            assert len(store.records()) == 1 and gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_a_release_leaves_the_heirs_claim_alone(tmp_path: Path) -> None:

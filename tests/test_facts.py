@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,11 @@ def test_a_file_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> No
     with pytest.raises(InvalidInput, match="give tensors and plain values"):
         fitted.save(tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
+    pipe = tmp_path / "pipe"  # as /dev/null is none, which root would replace if this went wrong
+    os.mkfifo(pipe)
     with pytest.raises(InvalidInput, match="it is not a file"):
-        make_detector("pca").fit(blobs(8), seed=0).save("/dev/null")
+        make_detector("pca").fit(blobs(8), seed=0).save(pipe)
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
 
 
 def test_no_damaged_file_is_loaded(tmp_path: Path) -> None:

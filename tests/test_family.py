@@ -21,7 +21,9 @@ from ganomaly_plugin.detectors.f_anogan import FAnoganRecipe, critic_loss, gradi
 from ganomaly_plugin.detectors.skip_ganomaly import SkipGanomalyRecipe, UNet
 from ganomaly_plugin.detectors.vae import VaeRecipe, bernoulli_loss, gaussian_loss, kl_divergence, sample_posterior
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.recipe import Networks, Recipe, StepInput
+from ganomaly_plugin.hparams import default_hparams
+from ganomaly_plugin.recipe import Networks, Optimiser, Recipe, StepInput
+from ganomaly_plugin.registry import resolve
 from ganomaly_plugin.training.detector import RecipeDetector, scoring_mode
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 
@@ -96,6 +98,31 @@ def test_batch_statistics_and_saving(name: str, tmp_path: Any) -> None:
     np.testing.assert_array_equal(load_detector(tmp_path / "detector.pt").score(blobs(5, seed=1)), expected)
 
 
+@pytest.mark.parametrize("name", ["ganomaly", "ae", "egbad", "alad", "f_anogan", "anogan"])
+def test_a_map_is_what_the_reconstruction_misses_of_each_pixel(name: str) -> None:
+    hparams = TINY.get(name, {"features": 2, "latent_dim": 3})
+    detector = make_detector(name, **hparams).fit(blobs(8, channels=3), epochs=1, device="cpu")
+    x = blobs(3, channels=3, seed=1)
+    np.testing.assert_allclose(detector.anomaly_map(x), np.abs(x - detector.reconstruct(x)).mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "published"),
+    [
+        ("ganomaly", 15, {"w_adv": 1, "w_con": 50, "w_enc": 1, "lr": 2e-4, "betas": (0.5, 0.999), "redraw_below": 1e-5}),
+        ("vae", 50, {"likelihood": "gaussian", "sigma": math.sqrt(0.5), "beta": 1, "score_by": "reconstruction"}),
+        ("skip_ganomaly", 15, {"w_adv": 1, "w_con": 50, "w_lat": 1, "w_image": 0.9, "betas": (0.5, 0.999), "lr": 2e-4}),
+        ("egbad", 100, {"batch_size": 100, "latent_dim": 200, "w_feature": 0.1, "lr": 1e-5, "ema_decay": 0.999}),
+        ("alad", 100, {"batch_size": 32, "latent_dim": 100, "spectral": True, "lr": 2e-4, "ema_decay": 0.999}),
+        ("f_anogan", 15, {"critic_steps": 5, "penalty": 10, "kappa": 1, "lr": 1e-4, "betas": (0, 0.9), "lr_encoder": 5e-5}),
+        ("anogan", 20, {"w_feature": 0.1, "lr": 2e-4, "search_steps": 500, "search_lr": 0.01, "search_tol": None}),
+    ],
+)
+def test_a_name_alone_is_the_published_method(name: str, epochs: int, published: dict[str, Any]) -> None:
+    cls = resolve("detector", name)
+    assert cls.default_epochs == epochs and published.items() <= default_hparams(cls).items()
+
+
 @pytest.mark.parametrize(
     ("name", "hparams", "message"),
     [
@@ -162,6 +189,14 @@ def test_input_range_does_not_change_the_vaes_reconstruction_loss() -> None:
     assert grey.score(networks, black).item() == pytest.approx(other.score(networks, black + 1).item()) == pytest.approx(1.0)
 
 
+def test_vae_reconstruction_and_map_are_on_the_scale_of_the_input() -> None:
+    networks = stubs(encoder=lambda x: torch.zeros(len(x), 4, 1, 1), decoder=lambda z: torch.full((len(z), 3, 2, 2), 0.5))
+    recipe = VaeRecipe(latent_dim=2, input_range=(1.0, 5.0))
+    black = torch.full((1, 3, 2, 2), 1.0)  # decoded to three quarters of white
+    assert recipe.reconstruct(networks, black).unique().tolist() == [4.0]
+    assert recipe.anomaly_map(networks, black).tolist() == torch.full((1, 2, 2), 0.75**2).tolist()
+
+
 def test_vae_networks() -> None:
     networks = VaeRecipe(features=4, latent_dim=5).build((3, 32, 32))
     assert networks["encoder"](torch.zeros(2, 3, 32, 32)).shape == (2, 10, 1, 1)
@@ -216,6 +251,22 @@ def test_skip_ganomaly_feature_is_the_latent_of_the_discriminator() -> None:
     assert features.shape == (2, 7, 1, 1)
 
 
+def test_skip_ganomaly_draws_a_collapsed_discriminator_anew() -> None:
+    recipe = SkipGanomalyRecipe(**TINY["skip_ganomaly"], redraw_below=0.3)
+    assert phases(recipe)["discriminator"].redraw_below == 0.3 and phases(recipe)["generator"].redraw_below is None
+    assert phases(SkipGanomalyRecipe(redraw_below=0.0))["discriminator"].redraw_below is None
+    discriminator = recipe.build((1, 32, 32))["discriminator"]
+    before = state(discriminator)
+    recipe.redraw(discriminator)
+    convolutions = [name for name, value in before.items() if value.ndim == 4]
+    assert convolutions and not any(torch.equal(discriminator.state_dict()[name], before[name]) for name in convolutions)
+
+
+def test_skip_ganomalys_slopes_are_the_authors() -> None:
+    networks = SkipGanomalyRecipe(features=2, latent_dim=7).build((1, 32, 32)).values()
+    assert {m.negative_slope for net in networks for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
+
+
 # EGBAD and ALAD
 
 
@@ -236,6 +287,51 @@ def test_egbad_score_by_hand() -> None:
     assert EgbadRecipe().score(networks, x).item() == pytest.approx(0.9 * 12 + 0.1 * 36)
     assert EgbadRecipe(w_feature=0.0).score(networks, x).item() == pytest.approx(12)
     assert EgbadRecipe().anomaly_map(networks, x).tolist() == [[[3.0, 3.0], [3.0, 3.0]]]
+
+
+def softplus(value: float) -> float:
+    """-log of the sigmoid of -`value`."""
+    return math.log1p(math.exp(value))
+
+
+def pair_logit(x: Tensor, other: Tensor) -> Tensor:
+    return x.mean((1, 2, 3)) - 3 * other.mean((1, 2, 3))
+
+
+def test_egbad_phases_by_hand() -> None:
+    networks = stubs(
+        encoder=lambda x: x.mean((1, 2, 3), keepdim=True),
+        generator=lambda z: (z / 2).expand(-1, 1, 2, 2),
+        discriminator=lambda x, z: (pair_logit(x, z), x),
+    )
+    x, draws, two = torch.ones(2, 1, 2, 2), {"z": torch.full((2, 1, 1, 1), 2.0)}, phases(EgbadRecipe(latent_dim=1))
+    loss, computed = two["discriminator"].loss(networks, step_of(x, draws))  # logits 1 - 3 of (x, E(x)), 1 - 6 of (G(z), z)
+    assert loss.item() == pytest.approx(softplus(2) + softplus(-5))
+    loss, _ = two["generator"].loss(networks, step_of(x, draws, computed))
+    assert loss.item() == pytest.approx(softplus(-2) + softplus(5))
+
+
+def test_alad_phases_by_hand() -> None:
+    networks = stubs(
+        encoder=lambda x: x.mean((1, 2, 3), keepdim=True),
+        generator=lambda z: (z / 2).expand(-1, 1, 2, 2),
+        d_xz=lambda x, z: (pair_logit(x, z), x),
+        d_xx=lambda x, other: (pair_logit(x, other), x),
+        d_zz=pair_logit,
+    )
+    x, draws, two = torch.ones(2, 1, 2, 2), {"z": torch.full((2, 1, 1, 1), 2.0)}, phases(AladRecipe(latent_dim=1))
+    _, computed = two["discriminators"].loss(networks, step_of(x, draws))  # E(x) = 1, x̂ = ½, G(z) = 1, E(G(z)) = 1
+    assert computed["d_xz"].item() == pytest.approx(softplus(2) + softplus(-5))
+    assert computed["d_xx"].item() == pytest.approx(softplus(2) + softplus(-0.5))
+    assert computed["d_zz"].item() == pytest.approx(softplus(4) + softplus(-1))
+    _, logged = two["generator"].loss(networks, step_of(x, draws, computed))
+    assert logged["adversarial"].item() == pytest.approx(softplus(-2) + softplus(5))
+    assert (logged["cycle_x"].item(), logged["cycle_z"].item()) == pytest.approx((softplus(0.5), softplus(1)))
+
+
+def test_alads_discriminator_of_images_is_half_as_wide() -> None:
+    networks = AladRecipe(features=6, latent_dim=3, joint_features=4).build((1, 32, 32))
+    assert networks["d_xx"].features[0].out_channels == 3 and networks["d_xz"].image[0].out_channels == 6
 
 
 def test_bigan_phases_move_their_own_networks_and_the_second_sees_the_first() -> None:
@@ -373,10 +469,29 @@ def test_f_anogan_stages() -> None:
     assert isinstance(trainer._phases[0][2], torch.optim.RMSprop)
 
 
+def test_every_so_many_steps_are_counted_from_the_start_of_a_stage() -> None:
+    recipe = FAnoganRecipe(**TINY["f_anogan"], critic_steps=2)
+    trainer = trainer_of(recipe)
+    trainer.step(images())
+    trainer.begin(recipe.stages[0])
+    before = weights(trainer.networks["generator"])
+    trainer.step(images())
+    assert torch.equal(weights(trainer.networks["generator"]), before)
+    trainer.step(images())
+    assert not torch.equal(weights(trainer.networks["generator"]), before)
+
+
 def test_f_anogan_critic_judges_each_image_alone() -> None:
     critic = FAnoganRecipe(**TINY["f_anogan"]).build((1, 32, 32))["critic"].train()
     x = images(3, side=32)
     torch.testing.assert_close(critic(x)[0][:1], critic(x[:1])[0])
+    assert [m.num_groups for m in critic.modules() if isinstance(m, nn.GroupNorm)] == [1, 1]  # layer norm
+
+
+def test_f_anogans_encoder_has_a_rate_of_its_own() -> None:
+    recipe = FAnoganRecipe(lr=1e-3, betas=(0.1, 0.2), lr_encoder=3e-3)
+    assert [phase.optimiser for phase in recipe.stages[0].phases] == [Optimiser(1e-3, (0.1, 0.2))] * 2
+    assert phases(recipe, stage=1)["encoder"].optimiser == Optimiser(3e-3, kind="rmsprop")
 
 
 # AnoGAN
@@ -444,6 +559,22 @@ def test_search_stops_when_an_image_no_longer_improves(searched: tuple[AnoganRec
         replace(recipe, search_steps=400, search_tol=0.05).search(networks, images(8, seed=1))
     handle.remove()
     assert len(sizes) < 400 and sizes == sorted(sizes, reverse=True) and sizes[0] == 8
+
+
+def test_each_search_ends_when_its_own_image_no_longer_improves(searched: tuple[AnoganRecipe, Networks]) -> None:
+    recipe, networks = searched
+    recipe, tol = replace(recipe, search_lr=0.5), 0.065
+    x = torch.cat([images(2, seed=1), -images(2, seed=2), torch.full((1, 1, 16, 16), -1.0)])
+    with torch.no_grad(), scoring_mode(networks, "running"):
+        found = replace(recipe, search_steps=150, search_tol=tol).search(networks, x)
+        search = _Search(replace(recipe, search_steps=0).search(networks, x))
+        with weights_frozen(networks):
+            features = networks["discriminator"](x)[1]
+            steps = [(recipe._search_step(networks, x, features, search), search.z.clone()) for _ in range(125)]
+    losses, codes = (torch.stack(each) for each in zip(*steps[24::25], strict=True))  # before and after each 25th step
+    last = 1 + (losses[1:] > (1 - tol) * losses[:-1]).int().argmax(0)
+    assert last.tolist() == [2, 2, 1, 1, 4]
+    torch.testing.assert_close(found, codes[last, torch.arange(5)], atol=1e-2, rtol=1e-2)
 
 
 def test_anogan_losses_by_hand() -> None:

@@ -81,6 +81,47 @@ def test_mvtecs_layout_with_masks(tmp_path: Path) -> None:
     assert dataset.masks[dataset.labels == 1][0][:, :8].all()
 
 
+def test_a_mask_marks_with_every_value_but_0_and_by_its_own_name_first(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    faint = Image.new("L", (20, 20))
+    faint.paste(1, (0, 0, 20, 5))  # the upper quarter
+    save(base / "ground_truth/crack/000_mask.png", faint)
+    save(base / "ground_truth/crack/000.png", 255)
+    dataset = load(base, tmp_path)
+    mask = dataset.masks[dataset.labels == 1][0]
+    assert mask[:4].all() and not mask[4:].any()
+    save(base / "ground_truth/crack/000_mask.png", 255)
+    _load_cached.cache_clear()
+    assert load(base, tmp_path).masks[dataset.labels == 1][0].all()  # a mask that changed is read again
+
+
+def test_defects_in_both_parts_are_counted_together_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    save(base / "train/crack/0.png", (40, 0, 0), mode="RGB")
+    for part in ("train", "test"):
+        save(base / part / ".ipynb_checkpoints/0.png", (50, 0, 0), mode="RGB")
+    dataset = load(base, tmp_path, defects="each")
+    assert dataset.source["defects"] == {"crack": 2, "dirt": 1} and dataset.classes == ("good", "crack", "dirt")
+
+
+def test_a_class_folder_of_one_fault_is_one_problem(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    (base / "test/2.odd").mkdir()
+    (base / "test/2.odd/gone.png").symlink_to(base / "nowhere.png")
+    with pytest.raises(BadImages) as caught:
+        load(base, tmp_path)
+    assert [problem.path.name for problem in caught.value.problems] == ["gone.png"]
+
+
+def test_the_cache_holds_what_is_used_and_others_may_read_it(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    (base / "train/0.normal/0.png").write_text("not an image")
+    assert len(load(base, tmp_path, on_bad_image="skip").images) == 8
+    (folder,) = [path for path in tmp_path.rglob("images-*") if path.is_dir()]
+    assert (folder / "images.u8").stat().st_size == 8 * 16 * 16
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
 def test_each_defect_as_its_own_class(tmp_path: Path) -> None:
     dataset = load(mvtec(tmp_path / "f"), tmp_path, defects="each")
     assert dataset.classes == ("good", "crack", "dirt")

@@ -23,8 +23,17 @@ from ganomaly_plugin.detectors.ganomaly import (
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.networks import Decoder, Encoder, halvings
+from ganomaly_plugin.recipe import Optimiser
 from ganomaly_plugin.training.detector import RecipeDetector
-from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, train
+from ganomaly_plugin.training.plain import (
+    PlainTrainer,
+    build_networks,
+    epoch_batches,
+    epoch_means,
+    make_optimiser,
+    set_gradients,
+    train,
+)
 
 SMALL = {"features": 4, "latent_dim": 8}
 CPU = torch.device("cpu")
@@ -150,6 +159,40 @@ def test_diverging_training_names_loss_and_step() -> None:
 
     with pytest.raises(Diverged, match=r"loss '\w+' of stage 'train' is (nan|inf) at step \d+"):
         make_detector("ganomaly", **SMALL, lr=1e30).fit(blobs(16), epochs=30)
+
+
+def test_losses_of_an_epoch_are_means_and_the_first_bad_step_is_named() -> None:
+    from ganomaly_plugin.errors import Diverged
+
+    (stage,) = GanomalyRecipe().stages
+    steps = [{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.0), "b": torch.tensor(5.0)}, {"a": torch.tensor(6.0)}]
+    assert epoch_means(steps, stage, first_step=1) == {"a": 3.0, "b": 5.0}  # b's phase does not run at each step
+    steps[1]["b"] = torch.tensor(math.inf)
+    with pytest.raises(Diverged, match="loss 'b' of stage 'train' is inf at step 12"):
+        epoch_means(steps, stage, first_step=11)
+    images, rate = torch.from_numpy(blobs(16)), {"batch_size": 8, "lr": 1e30}
+    with pytest.raises(Diverged, match=r"at step 2\."):  # of two an epoch; the first is at weights that are finite
+        train(GanomalyRecipe(**SMALL, **rate), images, seed=0, epochs=1, device=CPU, after_epoch=lambda *_: None)
+
+
+def test_optimisers_have_what_the_recipe_gives_them() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, 3, 4, 4))
+    (adam,) = make_optimiser(Optimiser(3e-3, (0.1, 0.2)), [weight]).param_groups
+    assert (adam["lr"], adam["betas"]) == (3e-3, (0.1, 0.2))
+    (rmsprop,) = make_optimiser(Optimiser(3e-3, kind="rmsprop"), [weight]).param_groups
+    assert rmsprop["lr"] == 3e-3
+    gradient = torch.arange(96.0).view(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    set_gradients([weight], [gradient])
+    assert torch.equal(weight.grad, gradient) and weight.grad.stride() == weight.stride() != gradient.stride()
+
+
+def test_looking_at_batch_statistics_between_epochs_changes_no_training() -> None:
+    images, found = blobs(24), []
+    for on_epoch in (None, lambda _, detector: detector.score(images)):
+        detector = make_detector("ganomaly", **SMALL, batch_size=8, batchnorm="batch")
+        detector.fit(images, epochs=3, device="cpu", on_epoch=on_epoch)
+        found.append({key: value for net in detector.networks_.values() for key, value in net.state_dict().items()})
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_networks_leave_torch_randomness_alone(tmp_path: Path) -> None:

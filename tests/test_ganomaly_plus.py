@@ -11,6 +11,7 @@ from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.detectors.ganomaly_plus import (
     DEFAULT_PARTS,
     PARTS,
+    PLAIN,
     SHAPE,
     GanomalyPlusRecipe,
     turn_loss,
@@ -20,8 +21,10 @@ from ganomaly_plugin.detectors.normal_models import STATISTICS, Components, Norm
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc
 from ganomaly_plugin.networks import Standardiser
+from ganomaly_plugin.recipe import StepInput
 from ganomaly_plugin.registry import load_detector, make_detector
 from ganomaly_plugin.selection import Selection
+from ganomaly_plugin.training.plain import build_networks
 
 SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 
@@ -133,6 +136,47 @@ def test_the_score_joins_the_whitened_parts_with_the_distance_of_the_shapes(tmp_
     np.testing.assert_array_equal(load_detector(tmp_path / "d.pt", device="cpu").score(test), detector.score(test))
 
 
+def test_what_is_not_of_normal_vectors_is_ganomalys_own():
+    detector = make_detector("ganomaly_plus", normalise=True, **SMALL).fit(blobs(40), steps=2, device="cpu")
+    test = blobs(5, seed=1)
+    named, networks, model = detector.named_scores(test), detector.networks_, detector.networks_["calibration"]
+    with torch.no_grad():
+        x = levelled(torch.from_numpy(test)).clamp(-1, 1)
+        x_hat, z, z_hat = networks["generator"](x)
+        features, features_hat = (networks["discriminator"](each)[1] for each in (x, x_hat))
+    for name, difference in zip(PLAIN, (z - z_hat, x - x_hat, features - features_hat), strict=True):
+        np.testing.assert_allclose(named[name], difference.square().flatten(1).mean(1), rtol=1e-4)
+    places = [(PARTS + PLAIN).index(name) for name in PLAIN]
+    mean, deviation = model.scale.mean[places].numpy(), model.scale.deviation[places].numpy()
+    scaled = (np.stack([named[name] for name in PLAIN], 1) - mean) / deviation
+    np.testing.assert_allclose(named["plain"], scaled.mean(1), rtol=1e-3, atol=1e-3)
+    assert torch.equal(detector.recipe.reconstruct({"generator": lambda seen: (seen,)}, torch.from_numpy(test)), x)
+    outside = np.exp(named["residual_outside"]) - float(model.views["residual"].floor)  # of which the map says where it lies
+    np.testing.assert_allclose(detector.anomaly_map(test).mean((1, 2)), outside, rtol=1e-3)
+
+
+def test_what_is_left_out_of_the_score_goes_by_view_or_by_statistic():
+    means = GanomalyPlusRecipe(**SMALL)._means
+    assert means["without_hog"] == tuple(part for part in DEFAULT_PARTS if not part.startswith("hog"))
+    assert means["without_nearest"] == tuple(part for part in DEFAULT_PARTS if not part.endswith("nearest"))
+    assert set(means["with_residual"]) - set(DEFAULT_PARTS) == {"residual_outside", "residual_nearest"}
+    inside = set(means["with_inside"]) - set(DEFAULT_PARTS)
+    assert len(inside) == 7 and all(part.endswith("_inside") for part in inside) and "residual_inside" not in inside
+
+
+def test_few_held_out_images_count_in_the_scale_beside_the_folds_of_the_training_images():
+    recipe = GanomalyPlusRecipe(**SMALL)
+    networks = {name: network.eval() for name, network in build_networks(recipe, (1, 16, 16), 0).items()}
+    train, held_out = (list(torch.from_numpy(blobs(20, seed=seed)).split(10)) for seed in (0, 1))
+    scale = networks["calibration"].scale
+    with torch.no_grad():
+        recipe.calibrate(networks, train, train)
+        folds = scale.mean.clone()
+        recipe.calibrate(networks, train, held_out)
+        own = recipe._parts(networks["calibration"], recipe._views(networks, torch.cat(held_out)))
+    torch.testing.assert_close(scale.mean, (20 * own.mean(0) + 10 * folds) / 30, rtol=1e-3, atol=1e-3)
+
+
 def test_few_held_out_images_share_the_scale_with_the_folds():
     values, prior = torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [9.0], [7.0]])
     standardiser = Standardiser(1)
@@ -182,6 +226,22 @@ def test_d_learns_the_turns_unless_they_weigh_nothing():
     assert learning.history_[-1]["turns"] < 0.2 < 0.5 < learning.history_[0]["turns"]
     without = make_detector("ganomaly_plus", w_turn=0.0, **SMALL).fit(images, epochs=1, device="cpu")
     assert "turns" not in without.networks_ and "turns" not in without.history_[0]
+
+
+def test_d_has_its_own_rate_and_its_own_loss_beside_that_of_the_turns():
+    recipe = GanomalyPlusRecipe(w_turn=3.0, lr_ratio=5.0, augment=True, redraw_below=0.1, **SMALL)
+    generator, discriminator = recipe.stages[0].phases
+    assert (generator.optimiser.lr, discriminator.optimiser.lr) == (2e-3, 5 * 2e-3)
+    assert (generator.redraw_below, discriminator.redraw_below) == (None, 0.1)
+    networks, images = build_networks(recipe, (1, 16, 16), 0), torch.from_numpy(blobs(8))
+    step = StepInput(images, recipe.draw(8, torch.Generator().manual_seed(0)), {})
+    _, earlier = generator.loss(networks, step)
+    loss, computed = discriminator.loss(networks, StepInput(images, step.draws, earlier))
+    assert loss.item() == pytest.approx((computed["discriminator"] + 3 * computed["turns"]).item())
+    assert computed["turns"].item() > 0.1
+    assert torch.equal(earlier["images"], recipe._moved(images, step.draws["shift"], step.draws["gain"]))
+    x_hat = networks["generator"](earlier["images"])[0]  # what is moved is what the networks see
+    assert earlier["contextual"].item() == pytest.approx((earlier["images"] - x_hat).abs().mean().item(), rel=1e-4)
 
 
 def test_parts_are_those_named_scores():

@@ -15,7 +15,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.labels import distinctly_labelled
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.tables import make_tables
-from ganomaly_plugin.selection import Selection, parse_label, parse_selection, show, split_list
+from ganomaly_plugin.selection import Selection, parse_label, parse_seeds, parse_selection, show, split_list
 
 MARKS = st.text(alphabet="ab1e.-'\"[]{}(),:=#*&%@!|>?~ \\\n", max_size=8)
 TEXT = (
@@ -143,3 +143,10 @@ def test_categories_have_images_of_their_own_and_others_do_not() -> None:
     assert make_tables(runs_frame(named))[0].columns == ("bottle", "zipper", "mean")
     old = replace(other, notes={})  # from before records told
     assert make_tables(runs_frame([first, old]))[0].columns == ("x", "mean")
+
+
+def test_seeds_are_ranges_and_each_counts_once() -> None:
+    assert parse_seeds("1,0-2, 7 - 8") == [1, 0, 2, 7, 8] and parse_seeds([3, "3-4"]) == [3, 4]
+    assert len(parse_seeds("0-9999")) == 10_000
+    with pytest.raises(InvalidInput, match="has 10001 seeds; at most 10,000"):
+        parse_seeds("0-10000")

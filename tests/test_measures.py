@@ -76,6 +76,16 @@ def test_measures_by_hand() -> None:
     assert equal_error_rate(TRUTH, np.zeros(8)) == pytest.approx(0.5)
 
 
+def test_the_threshold_is_a_conformal_quantile_of_the_reference() -> None:
+    reference = np.random.default_rng(0).permutation(np.arange(1.0, 20.0))  # a twentieth of 20 and each more is above it
+    assert [threshold_at(reference, rate) for rate in (0.01, 0.05, 0.06, 0.1, 0.5, 0.99)] == [19, 19, 19, 18, 10, 1]
+    assert threshold_at(np.arange(1.0, 10.0), 0.7) == 3  # 10 · (1 - 0.7) is 3.0000000000000004
+    assert f1_at(TRUTH, SCORE, 2.5) == pytest.approx(2 * 3 / (5 + 4))  # a score at the threshold is not above it
+    for rate, scores in ((0.0, reference), (1.0, reference), (0.1, reference[:0])):
+        with pytest.raises(InvalidInput):
+            threshold_at(scores, rate)
+
+
 def test_measures_against_scikit_learn() -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):

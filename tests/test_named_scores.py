@@ -10,10 +10,12 @@ import torch
 from conftest import blobs
 from test_measures import fill, outcome
 
+from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.metrics import auroc, named_arrays
 from ganomaly_plugin.registry import load_detector, make_detector
 from ganomaly_plugin.store import Store
+from ganomaly_plugin.training.plain import build_networks
 
 SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 NAMES = ["latent", "latent_l1", "residual", "residual_l2", "feature"]
@@ -49,7 +51,8 @@ def test_a_score_can_be_the_detectors_own(name):
 
 
 @pytest.mark.parametrize(
-    ("n", "origin", "count"), [(120, "held-out images", 12), (20, "training images", 20), (1, "training images", 1)]
+    ("n", "origin", "count"),
+    [(120, "held-out images", 12), (100, "held-out images", 10), (20, "training images", 20), (1, "training images", 1)],
 )
 def test_the_combined_score_is_calibrated_on_held_out_normals_where_there_are_enough(n, origin, count, tmp_path):
     detector = make_detector("ganomaly", score_by="combined", **SMALL).fit(blobs(n), steps=2, device="cpu")
@@ -65,12 +68,25 @@ def test_the_combined_score_is_calibrated_on_held_out_normals_where_there_are_en
     np.testing.assert_array_equal(load_detector(tmp_path / "d.pt", device="cpu").score(test), detector.score(test))
 
 
+def test_the_combined_score_is_scaled_by_the_held_out_images_and_no_others():
+    recipe = GanomalyRecipe(score_by="combined", **SMALL)
+    networks = {name: network.eval() for name, network in build_networks(recipe, (1, 16, 16), 0).items()}
+    train, held_out = (list(torch.from_numpy(blobs(12, seed=seed)).split(6)) for seed in (0, 1))
+    with torch.no_grad():
+        recipe.calibrate(networks, train, held_out)
+        scores = torch.stack(list(recipe.scores(networks, torch.cat(held_out)).values()), 1)
+    torch.testing.assert_close(networks["calibration"].mean, scores.mean(0))
+    torch.testing.assert_close(networks["calibration"].deviation, scores.std(0, correction=0))
+
+
 def test_combined_by_hand():
     reference = {"a": np.array([0.0, 2.0]), "b": np.array([5.0, 5.0])}
     found = named_arrays({"a": np.array([3.0]), "b": np.array([6.0])}, reference)
     assert found["score.combined"] == pytest.approx([(2.0 + 1.0) / 2])  # (3 - 1) / 1 and (6 - 5) / 1: b has no spread
     assert set(found) == {f"{kind}score.{name}" for kind in ("", "reference_") for name in ("a", "b", "combined")}
     assert named_arrays({}, {}) == {}
+    own = {name: np.array([3.0]) for name in ("a", "combined")}  # a method that has its own keeps it
+    assert named_arrays(own, own)["score.combined"] == pytest.approx([3.0])
 
 
 def test_rounding_is_no_spread():

@@ -77,6 +77,7 @@ def test_against_the_definition(seed: int) -> None:
         (np.zeros((2, 2)), np.zeros((2, 2), bool), "must be"),
         (np.zeros((1, 2, 2)), np.zeros((1, 2, 2)), "wanted bool"),
         (np.full((1, 2, 2), np.nan), np.eye(2, dtype=bool)[None], "not finite"),
+        (np.full((1, 2, 2), np.inf), np.eye(2, dtype=bool)[None], "not finite"),
         (np.zeros((1, 2, 2)), np.zeros((1, 2, 2), bool), "no anomalous pixel"),
         (np.zeros((1, 2, 2)), np.ones((1, 2, 2), bool), "no normal pixel"),
     ],

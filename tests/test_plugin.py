@@ -17,6 +17,7 @@ from ganomaly_plugin import list_detectors, make_detector
 from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.hparams import holds_special
 from ganomaly_plugin.selection import Selection
 from ganomaly_plugin.store import Store
 
@@ -227,3 +228,8 @@ def test_options_at_their_defaults_need_not_be_told():
     for given in ({"sign": 1}, {"betas": [0.5, 0.9]}, {"betas": (0.5, 0.9)}, {"power": 2}):
         assert [job.key for job in jobs("Forgets", **given)] == [plain.key]
     assert jobs("Forgets", power=3)[0].hparams == {"power": 3.0}
+
+
+def test_paths_and_members_are_found_inside_lists() -> None:
+    assert holds_special([1, ("x", [Path("y")])]) and holds_special((odd_options.Kind.GOOD,))
+    assert not holds_special([1, ("x", [2.0]), None])

@@ -56,6 +56,28 @@ def test_older_switches_that_contradict_the_newer_ones_are_left_alone() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize(("name", "wanted"), [("float32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
+def test_a_training_step_is_carried_out_in_its_precision(name: str, wanted: str) -> None:
+    recipe = GanomalyRecipe(features=4, latent_dim=8, precision=name)  # type: ignore[arg-type]
+    trainer = PlainTrainer(recipe, build_networks(recipe, (1, 16, 16), 0), seed=0, device=CPU)
+    seen: list[str] = []
+    trainer.networks["generator"].register_forward_pre_hook(lambda *_: seen.append(switches()[1]))
+    before = switches()
+    trainer.step(torch.from_numpy(blobs(8)))
+    assert seen == [wanted] and switches() == before
+
+
+def test_the_innermost_precision_is_in_force_and_the_outermost_restores() -> None:
+    before = switches()
+    with precision("tf32"):
+        with precision("float32"):
+            with precision("tf32"):
+                assert switches() == ("tf32", "tf32")
+            assert switches() == ("ieee", "ieee")
+        assert switches() == ("tf32", "tf32")
+    assert switches() == before
+
+
 def test_bfloat16_networks_answer_in_float32_and_share_their_state() -> None:
     networks = build_networks(GanomalyRecipe(features=4, latent_dim=8), (1, 16, 16), 0)
     called = networks_in("bf16", networks)["generator"]

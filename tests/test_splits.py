@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ganomaly_plugin.datasets.base import ImageDataset
-from ganomaly_plugin.datasets.splits import PROTOCOLS, make_split
+from ganomaly_plugin.datasets.base import ImageDataset, resize
+from ganomaly_plugin.datasets.splits import PROTOCOLS, Split, leaked, make_split
 from ganomaly_plugin.errors import InvalidInput
 
 MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -199,3 +199,25 @@ def test_too_few_of_a_kind_to_test_a_fifth_of_says_so() -> None:
     with pytest.raises(InvalidInput, match=r"no anomalous image \(made, class 1, one-anomalous/strict-v1\); AUROC"):
         make_split(labelled([20, 2], [5, 0]), STRICT, "1", 0)
     assert sizes(make_split(labelled([20, 2]), PAPER, "1", 0)) == (16, 0, 4, 2)
+
+
+def test_leaked_are_the_tested_images_that_were_trained_on() -> None:
+    pixels = np.array([1, 1, 2, 3, 1, 1, 1, 3, 4], np.uint8).reshape(-1, 1, 1, 1)
+    dataset = ImageDataset("made", pixels, np.zeros(9, np.int64), ("a",))
+    none = np.empty(0, np.int64)
+    split = Split(np.arange(4), none, np.arange(4, 9), np.zeros(5, bool))
+    assert leaked(dataset, split) == 4  # three copies of one that was trained on twice, and one of another
+
+
+def test_the_digest_of_a_data_set_tells_which_images_are_for_tests() -> None:
+    one, other = (labelled([3], [2]), labelled([2], [3]))
+    assert (one.images == other.images).all() and (one.labels == other.labels).all()
+    assert len({one.digest, other.digest, labelled([5]).digest}) == 3
+
+
+def test_images_are_antialiased_when_they_shrink() -> None:
+    stripes = np.zeros((2, 1, 32, 32), np.uint8)
+    stripes[..., ::4] = 255  # no pixel that is left lies on one
+    small = resize(stripes, 8)
+    assert small.shape == (2, 1, 8, 8) and np.abs(small[..., 1:-1].astype(int) - 255 // 4).max() < 12
+    assert resize(stripes, 32) is stripes and resize(stripes, 64).max() == 255

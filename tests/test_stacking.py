@@ -12,7 +12,7 @@ import torch
 from sweeps import jobs
 
 from ganomaly_plugin.combine import compare
-from ganomaly_plugin.core import Job
+from ganomaly_plugin.core import Job, RunRecord
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.runner import Settings, run_chunk
@@ -199,6 +199,22 @@ def test_failures_of_a_stack_come_after_what_it_trained(tmp_path: Path, monkeypa
     outcomes = list(run_chunk(tuple(todo), Settings(device="cpu")))
     assert [outcome.record.status for outcome in outcomes] == ["done", "done", "failed"]
     assert outcomes[-1].record.job == todo[0]
+
+
+def test_a_record_of_a_stack_that_nobody_could_read_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = jobs("ae[features=2,latent_dim=2]", classes="0,1,2")
+
+    def check(record: RunRecord) -> None:
+        if record.job == todo[1]:
+            raise InvalidInput("no number")
+
+    monkeypatch.setattr("ganomaly_plugin.runner.check_storable", check)
+    outcomes = list(run_chunk(tuple(todo), Settings(device="cpu")))
+    assert [(each.record.job, each.record.status) for each in outcomes] == [
+        (todo[0], "done"),
+        (todo[2], "done"),
+        (todo[1], "failed"),
+    ]
 
 
 def test_a_device_that_refuses_everything_fails_jobs_and_not_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

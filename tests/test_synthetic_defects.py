@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets import synthetic_defects
+from ganomaly_plugin.datasets.base import ImageDataset, load_dataset
 from ganomaly_plugin.datasets.splits import make_split
 from ganomaly_plugin.datasets.synthetic_defects import DEFECTS, add_defect, textures
 from ganomaly_plugin.errors import InvalidInput
@@ -42,6 +43,39 @@ def test_only_training_normals_of_a_real_set_are_used():
     allowed = {digits.images[k].tobytes() for k in np.concatenate([split.train, split.reference])}
     assert {image.tobytes() for image in good} <= allowed
     assert not tested & {image.tobytes() for image in good} - allowed
+
+
+def test_a_large_set_gives_as_many_images_as_a_small_factory_has(tmp_path, monkeypatch):
+    rng, asked = np.random.default_rng(0), {}
+    images, labels = rng.integers(0, 256, (2600, 1, 16, 16), dtype=np.uint8), np.repeat([0, 1], [2550, 50])
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        return ImageDataset(name, images, labels, ("functional", "defective"), anomaly_classes=("defective",))
+
+    monkeypatch.setattr(synthetic_defects, "load_dataset", load)
+    made = synthetic_defects.load(root=tmp_path, image_size=16, base="elpv", subset="poly", seed=7)
+    assert asked == {"name": "elpv", "root": tmp_path, "image_size": 16, "subset": "poly"}
+    assert np.bincount(made.labels).tolist() == [2000, 600] and made.source["seed"] == 7
+
+
+def test_global_defects_by_hand():
+    rng = np.random.default_rng(0)
+    image = rng.integers(60, 200, (3, 32, 32), dtype=np.uint8)
+    for _ in range(5):
+        faded = add_defect(image, "faded", rng)
+        assert faded.std() < 0.75 * image.std() and abs(faded.mean() - image.mean()) < 1
+    flat = np.zeros((3, 32, 32), np.uint8)
+    flat[1] = image[1]
+    assert not add_defect(flat, "blurred", rng)[[0, 2]].any()  # no channel runs into another
+    upright = []
+    for _ in range(20):
+        changed = (add_defect(image, "band", rng) != image).any(0)
+        rows, columns = changed.any(1), changed.any(0)
+        assert (changed == np.outer(rows, columns)).mean() > 0.99 and max(rows.mean(), columns.mean()) == 1
+        assert min(rows.mean(), columns.mean()) <= 0.3
+        upright.append(bool(rows.mean() > columns.mean()))
+    assert 0 < sum(upright) < 20
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
