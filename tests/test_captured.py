@@ -90,7 +90,8 @@ def test_anogan_searches_the_same_codes(monkeypatch):
         return record_tape(work, inputs)
 
     monkeypatch.setattr("ganomaly_plugin.detectors.anogan.record_on", lambda device: noted)
-    np.testing.assert_array_equal(detector.score(data), step_by_step)
+    # Recorded, images are dropped later, and other numbers of them may be rounded otherwise.
+    np.testing.assert_allclose(detector.score(data), step_by_step, rtol=1e-6)
     assert recorded[0] == 12 and 0 < recorded[1] <= 6  # anew for the images whose search goes on, once half of them are done
 
 
