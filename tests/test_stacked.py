@@ -233,6 +233,58 @@ def test_so_it_is_where_new_weights_are_drawn_between_epochs_only(monkeypatch, f
     assert loss_gap < 1e-9 and weight_gap < 1e-9
 
 
+KEPT = {"ganomaly": {"redraw_below": 100.0}, "egbad": {"joint_features": 32, "ema_decay": 0.9}, "vae": {}}
+
+
+@pytest.mark.parametrize("name", KEPT)  # D is drawn anew at each step, weights are averaged, numbers are drawn
+def test_models_that_stay_go_on_as_if_none_had_left(name, float64):
+    recipe, data, seeds = recipe_of(name, **KEPT[name]), digits().double() * 2 / 255 - 1, [3, 4, 5]
+    models = [{k: n.double() for k, n in build_networks(recipe, (1, 16, 16), seed).items()} for seed in seeds]
+    whole, fewer = (make_stack(recipe, models, seeds=seeds, device=CPU, how="grouped") for _ in range(2))
+    for step, x in enumerate(data[: 4 * 48].view(4, 3, 16, 1, 16, 16)):
+        if step == 2:
+            fewer.keep([2, 0])
+        whole.step(x)
+        fewer.step(x if step < 2 else x[[2, 0]])
+    for mine, theirs in ((0, 2), (1, 0)):
+        left = whole.scoring_networks(theirs)
+        for key, network in fewer.scoring_networks(mine).items():
+            for own, value in network.state_dict().items():
+                torch.testing.assert_close(value, left[key].state_dict()[own], atol=1e-9, rtol=1e-9)
+
+
+def test_spares_of_models_that_stay_are_their_own():
+    recipe = recipe_of("ganomaly", redraw_below=1.0)
+    networks, phase = build_networks(recipe, (1, 16, 16), 0), recipe.stages[0].phases[1]
+    rngs = [[torch.Generator().manual_seed(seed) for seed in (3, 4, 5)] for _ in range(2)]
+    whole, fewer = (Spares(recipe, phase, networks, each, CPU) for each in rngs)
+
+    def given(spares: Spares, *below: bool) -> dict[str, torch.Tensor]:
+        weights = {name: torch.zeros_like(spare[0]) for name, spare in spares.weights.items()}
+        spares.give(weights, torch.tensor(below))
+        return weights
+
+    for spares in (whole, fewer):
+        given(spares, True, False, True)
+        given(spares, False, False, True)
+    fewer.keep([2, 0])
+    assert fewer.spent.tolist() == [2, 1]
+    left, mine = given(whole, True, True, True), given(fewer, True, True)
+    assert all(torch.equal(mine[name], left[name][[2, 0]]) for name in mine)
+    for spares in (whole, fewer):
+        spares.refill()
+    assert all(torch.equal(spare, whole.weights[name][:, [2, 0]]) for name, spare in fewer.weights.items())
+
+
+def test_a_member_without_a_budget_has_its_methods_and_one_that_cannot_begin_fails_alone(monkeypatch):
+    data, index = digits(), torch.arange(40)
+    members = [Member(make_detector("ganomaly_plus", **SMALL, select="normal-val"), index[:n], seed=0) for n in (1, 40)]
+    monkeypatch.setattr(type(members[0].detector.recipe), "default_steps", 3)
+    fit_together(members, data, epochs=None, steps=None, device=CPU)
+    assert isinstance(members[0].error, InvalidInput) and members[1].error is None
+    assert members[1].detector.steps_ == 3
+
+
 def alone(recipe_name: str, data: torch.Tensor, index: torch.Tensor, seed: int, epochs: int, **hparams: object):
     return make_detector(recipe_name, **{**SMALL, **hparams}).fit(data[index], seed=seed, epochs=epochs, device="cpu")
 
