@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from ganomaly_plugin.training.plain import (
     epoch_means,
     make_optimiser,
     set_gradients,
+    to_device,
     train,
 )
 
@@ -303,3 +305,11 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
         torch.save({"epoch": 1, "state_dict": wrong}, tmp_path / "netG.pth")
         with pytest.raises(CorruptFile):
             load_authors_checkpoint(tmp_path / "netG.pth")
+
+
+def test_kernels_lie_in_channels_last_order_those_of_one_channel_too() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(2, 4, 3)])
+    plain = copy.deepcopy(layers[:2]).to(memory_format=torch.channels_last)
+    moved = to_device(layers, torch.device("cpu"))
+    assert [each.weight.stride() for each in moved[:2]] == [each.weight.stride() for each in plain]
+    assert moved[0].weight.stride() == (9, 1, 3, 1) and moved[2].weight.is_contiguous()

@@ -32,7 +32,7 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     network.to(device)
     for tensor in chain(network.parameters(), network.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)  # `contiguous` leaves single channels as they are
     return network
 
 
