@@ -60,7 +60,8 @@ def _options(kind: str, name: str) -> str:
     of = getattr(made, "func", made)  # a family's name and argument resolve to a partial
     called = f"{name}NAME" if name.endswith(":") else name
     options = dict(_budget(name)) if kind == "detector" else {}
-    options |= {key: (value, _described(of).get(key, "")) for key, value in _defaults(kind, of).items()}
+    described = _described(of)
+    options |= {key: (value, described.get(key, "")) for key, value in _defaults(kind, of).items()}
     if not options:
         return ""
     lines = [f"options, as in {called}[{next(iter(options))}=…]:"]
