@@ -53,15 +53,20 @@ def _section(title: str, names: Mapping[str, str]) -> str:
 
 def _options(kind: str, name: str) -> str:
     """The options of `name`, or "" where no such thing has any, or none can be told without a name behind its colon."""
+    from ganomaly_plugin.datasets.base import default_options
+    from ganomaly_plugin.hparams import default_hparams
+
+    full = f"{name}PATH" if kind == "data set" and name.endswith(":") else name
     try:
-        made = resolve(kind, f"{name}PATH" if kind == "data set" and name.endswith(":") else name)
+        made = resolve(kind, full)
     except InvalidInput:
         return ""
     of = getattr(made, "func", made)  # a family's name and argument resolve to a partial
     called = f"{name}NAME" if name.endswith(":") else name
     options = dict(_budget(name)) if kind == "detector" else {}
     described = _described(of)
-    options |= {key: (value, described.get(key, "")) for key, value in _defaults(kind, of).items()}
+    defaults = default_hparams(of) if kind == "detector" else default_options(full)
+    options |= {key: (value, described.get(key, "")) for key, value in defaults.items()}
     if not options:
         return ""
     lines = [f"options, as in {called}[{next(iter(options))}=…]:"]
@@ -69,15 +74,6 @@ def _options(kind: str, name: str) -> str:
         lines.append(f"  {_shown(key, value)}")
         lines += textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def _defaults(kind: str, of: Any) -> dict[str, Any]:
-    from ganomaly_plugin.hparams import default_hparams
-
-    if kind == "detector":
-        return default_hparams(of)
-    parameters = inspect.signature(of).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "root"}
 
 
 def _budget(name: str) -> Iterator[tuple[str, tuple[Any, str]]]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.recipe import Networks, Recipe
-from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.training.plain import build_networks, to_device
 from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, STABILITY, NormalValidation, calibrate, hold_out
 
@@ -108,8 +107,7 @@ class Fitting:
 
     def _calibrate(self) -> dict[str, object]:
         networks = self.detector.networks_
-        with seeded(self.seed, [str(self.device)] if self.device.type == "cuda" else []):  # whatever was drawn before
-            return calibrate(self.recipe, networks, self.images, self._held_out, seed=self.seed, device=self.device)
+        return calibrate(self.recipe, networks, self.images, self._held_out, seed=self.seed, device=self.device)
 
 
 def _fallbacks(recipe: Recipe, data: Tensor, index: Tensor) -> list[str]:

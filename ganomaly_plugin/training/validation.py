@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.recipe import Networks, Recipe, StepInput
+from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.training.plain import build_networks
 from ganomaly_plugin.training.scoring import batches, in_chunks, scoring_mode
 
@@ -50,7 +51,8 @@ def calibrate(
         order = torch.from_numpy(np.random.default_rng([seed, 9]).permutation(len(source))[:CALIBRATION_LIMIT])
         return list(batches(recipe, source[order.sort().values], device))
 
-    with torch.no_grad(), scoring_mode(networks, recipe.batchnorm):
+    gpus = [str(device)] if device.type == "cuda" else []
+    with seeded(seed, gpus), torch.no_grad(), scoring_mode(networks, recipe.batchnorm):  # whatever was drawn before
         train = some(images)
         held = train if few or held_out is None else some(held_out)
         recipe.calibrate(networks, train, held)
