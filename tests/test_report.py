@@ -22,7 +22,7 @@ from ganomaly_plugin import load_results
 from ganomaly_plugin.report import page as page_module
 from ganomaly_plugin.report.figures.sheets import png
 from ganomaly_plugin.report.groups import groups
-from ganomaly_plugin.report.html import report_html
+from ganomaly_plugin.report.html import report_html, write_report
 from ganomaly_plugin.store import Store
 
 VOID = {"meta", "img", "wbr", "br", "link", "input"}
@@ -140,11 +140,14 @@ def test_pages_of_hardly_any_results(tmp_path: Path, bench) -> None:
     only_failures = fill(tmp_path / "failed", [failed("a"), failed("b")])
     page = check(report_html(load_results(only_failures.folder)))
     assert "2 jobs failed" in page.text and page.tags["section"] == 3
-    one = check(report_html(load_results(fill(tmp_path / "one", [outcome("a")]).folder)))
+    odd = fill(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), [outcome("a")])  # no text in UTF-8
+    write_report(load_results(odd.folder), tmp_path / "one.html")
+    one = check((tmp_path / "one.html").read_text(encoding="utf-8"))
     assert (
         "one seed: another seed may turn the order around" in one.text
         and "no paired tests" in one.text
         and ".." not in one.text
+        and "caf\\udce9" in one.text
     )
     level = [outcome("a", shift=50), outcome("b", shift=50)]
     page = check(report_html(load_results(fill(tmp_path / "level", level).folder)))
