@@ -260,6 +260,15 @@ def test_elpv_options_and_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             load_dataset("elpv", root=tmp_path, **{option: value})
 
 
+def test_elpv_labels_that_cannot_be_read_are_told_by_their_line(tmp_path: Path, bench) -> None:
+    write_elpv(tmp_path / "elpv")
+    labels = tmp_path / "elpv" / "labels.csv"
+    labels.write_bytes(labels.read_bytes() + b"images/caf\xe9 1.png 0 mono\n")
+    for action in ("check", "ls"):
+        code, out, err = bench("data", action, "elpv", "--data-root", tmp_path)
+        assert f"{labels}, line 7: expected an image, a probability and a kind" in out + err and code == (action == "check") * 2
+
+
 def test_elpv_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_elpv(tmp_path / "site/elpv_dataset/data")
     (tmp_path / "site/elpv_dataset/__init__.py").write_text("raise RuntimeError('must not be imported')")

@@ -125,7 +125,7 @@ def _digests(base: Path, root: Path) -> dict[str, str]:
 def _read_labels(path: Path) -> list[tuple[Path, float, str]]:
     """(image, defect probability, mono or poly) of each line of labels.csv, which is separated by blanks."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         words = line.split()
         if not words:
             continue
