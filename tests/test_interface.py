@@ -262,6 +262,8 @@ def test_files_that_are_no_detectors(tmp_path: Path) -> None:
         make_detector("mean_intensity").fit(GOOD).save(tmp_path / "no" / "folder.pt")
     with pytest.raises(InvalidInput, match="Cannot write"):
         make_detector("mean_intensity").fit(GOOD).save("")
+    with pytest.raises(InvalidInput, match="Cannot write"):
+        make_detector("mean_intensity").fit(GOOD).save(path / "in a file.pt")
 
 
 def test_weights_of_other_networks_are_refused_in_one_line(tmp_path: Path) -> None:

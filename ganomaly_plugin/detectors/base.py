@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
@@ -158,7 +159,8 @@ class BaseDetector(ABC):
                 f"Cannot write the detector to {target}: {str(error).rstrip('.')}. Choose a folder that exists."
             ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the detector cannot take images of `(c, h, w)`; called before any work."""
