@@ -69,7 +69,7 @@ def without_folders(word: str) -> str:
 
     def shorten(match: re.Match[str]) -> str:
         path = Path(match[2])
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):  # it lies elsewhere, or somebody has removed that directory
             return match[1] + str(path.relative_to(Path.cwd()))
         return f"{match[1]}…/{path.name}"
 

@@ -60,7 +60,8 @@ def _surroundings() -> Iterator[None]:
             os._exit(0)
         torch.set_default_dtype(dtype)
         if folder is not None and folder != _here():
-            os.chdir(folder)
+            with contextlib.suppress(OSError):  # somebody has removed it meanwhile
+                os.chdir(folder)
 
 
 def _here() -> str | None:

@@ -23,6 +23,7 @@ from sweeps import alone, jobs, start, store_in, wait_for
 
 from ganomaly_plugin.claims import Claims, is_alive
 from ganomaly_plugin.core import Chunk, Executor, Outcome
+from ganomaly_plugin.detectors.mean_intensity import MeanIntensity
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.executors import local, worker
 from ganomaly_plugin.executors.choose import Where, make_executor
@@ -143,6 +144,22 @@ def test_results_go_where_bench_run_was_started(folder: Path, bench, monkeypatch
     code, stdout, stderr = bench(*words)
     assert code == 0 and len(Store(folder / "out").records()) == 2, stderr
     assert "printed" not in stdout and "printed by a detector" in stderr
+
+
+def test_jobs_go_on_where_their_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    monkeypatch.setattr(sys, "argv", ["bench", "run", f"--out={tmp_path}"])
+
+    def removes(detector: MeanIntensity, images: torch.Tensor, **options: Any) -> None:
+        (tmp_path / "gone").rmdir()
+        detector.mean_, detector.std_ = 0.0, 1.0
+
+    monkeypatch.setattr(MeanIntensity, "_fit", removes)
+    for job in jobs("mean_intensity", "pca"):
+        (outcome,) = run_chunk((job,), SETTINGS)
+        assert outcome.record.error is None
+        assert outcome.record.environment["command"] == ["bench", "run", f"--out=…/{tmp_path.name}"]
 
 
 def test_a_job_that_forks_is_done_once() -> None:
