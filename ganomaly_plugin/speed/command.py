@@ -80,7 +80,10 @@ def run_speed(options: Any) -> int:
 
 
 def _check(options: Any) -> None:
-    for name, smallest in (("repeats", 5), ("images", 1), ("jobs", 1), ("batch_size", 1)):
+    for name in ("models", "trainers", "measure"):
+        if not getattr(options, name):
+            raise InvalidInput(f"{name} is empty. Give at least one.")
+    for name, smallest in (("repeats", 5), ("images", 1), ("jobs", 1), ("batch_size", 1), ("image_size", 1)):
         value = getattr(options, name)
         if value < smallest:
             why = " for a median" if name == "repeats" else ""
