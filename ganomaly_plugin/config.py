@@ -267,7 +267,7 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
         raise InvalidInput(f"epochs must be a whole number of at least 1, got {epochs!r}.")
     recipe = isinstance(cls, type) and issubclass(cls, Recipe)
     default_steps = getattr(cls, "default_steps", None)
-    steps = _steps(name, given, options, experiment, recipe or getattr(cls, "has_steps", False), default_steps)
+    steps = _steps(given, options, experiment, recipe or getattr(cls, "has_steps", False), default_steps)
     if steps is not None and "epochs" in options:
         raise InvalidInput(f"{name} has a budget of epochs={epochs} and of steps={steps}. Give one of them.")
     has_epochs = recipe or getattr(cls, "has_epochs", True)
@@ -289,12 +289,7 @@ def _select(name: str, options: Mapping[str, Any], experiment: Experiment) -> tu
 
 
 def _steps(
-    name: str,
-    given: dict[str, Any],
-    options: Mapping[str, Any],
-    experiment: Experiment,
-    trains_in_steps: bool,
-    default: int | None,
+    given: dict[str, Any], options: Mapping[str, Any], experiment: Experiment, trains_in_steps: bool, default: int | None
 ) -> int | None:
     """The model's budget in steps, taken out of `given`; its own epochs or steps come before the experiment's."""
     own = given.pop("steps", None) if trains_in_steps else None
