@@ -22,7 +22,6 @@ from ganomaly_plugin.report.groups import Group
 class Figure:
     """A kind of figure: `of_one` draws a data set under a protocol, `of_all` all groups together."""
 
-    summary: str
     of_one: Callable[[Group, Canvas], Drawing] | None = None
     of_all: Callable[[Sequence[Group], Canvas], Drawing] | None = None
 
@@ -42,17 +41,15 @@ class Figure:
 
 
 FIGURES = {
-    "roc": Figure("ROC curves", roc),
-    "pr": Figure("precision–recall curves", precision_recall),
-    "histograms": Figure("scores of normal and anomalous images", histograms),
-    "bars": Figure("AUROC by class with error bars", bars),
-    "losses": Figure("training losses by epoch", losses),
-    "speed": Figure("AUROC against seconds", speed),
-    "samples": Figure("input, reconstruction and anomaly map of examples and mistakes", samples),
-    "epochs": Figure("test AUROC by epoch: last against best", of_all=epochs),
-    "critical-difference": Figure(
-        "average ranks over data sets and what Nemenyi's test tells apart", of_all=critical_difference
-    ),
+    "roc": Figure(roc),
+    "pr": Figure(precision_recall),
+    "histograms": Figure(histograms),
+    "bars": Figure(bars),
+    "losses": Figure(losses),
+    "speed": Figure(speed),
+    "samples": Figure(samples),
+    "epochs": Figure(of_all=epochs),
+    "critical-difference": Figure(of_all=critical_difference),
 }
 
 
