@@ -84,6 +84,7 @@ def run(options: Any) -> int:
     """Run a sweep: 0 all done, 1 a job failed or cannot be stored, 130 interrupted; tables on stdout, progress on stderr."""
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.datasets.base import data_root
+    from ganomaly_plugin.detectors.base import resolve_device
     from ganomaly_plugin.executors.choose import Where, make_executor
     from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.commands import tell
@@ -100,8 +101,6 @@ def run(options: Any) -> int:
     experiment = experiment_from(options)
     devices = tuple(options.devices) if options.devices is not None else None
     where = Where(**{name: getattr(options, name) for name in WHERE if name != "devices"}, devices=devices)
-    from ganomaly_plugin.detectors.base import resolve_device
-
     where.check_device(experiment.device)
     here = resolve_device(experiment.device) if where.on_this_machine else None
     device = experiment.device.partition(":")[0] if here is None else here.type

@@ -17,6 +17,8 @@ import numpy as np
 
 from ganomaly_plugin.core import Job, RunRecord, canonical_json
 from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.metrics import RANKING_METRICS
+from ganomaly_plugin.selection import parse_selection, show
 
 FORMATS = (1, 2)  # of records; this version writes the last
 CHECKSUM = "checksum"
@@ -147,8 +149,6 @@ def check_against_scores(record: RunRecord, arrays: Mapping[str, np.ndarray]) ->
         ValueError: They differ; says in what.
         KeyError: A kind of scores is missing.
     """
-    from ganomaly_plugin.metrics import RANKING_METRICS
-
     truth, score, reference = arrays["is_anomaly"], arrays["score"], arrays["reference_score"]
     if truth.dtype != bool or truth.ndim != 1 or truth.shape != score.shape or not 0 < truth.sum() < len(truth):
         raise ValueError("its scores are not one for each normal and anomalous test image")
@@ -170,8 +170,6 @@ def check_against_scores(record: RunRecord, arrays: Mapping[str, np.ndarray]) ->
 
 def _check_label(job: Job) -> None:
     """A label, which is not part of the key, says nothing else than the job does."""
-    from ganomaly_plugin.selection import parse_selection, show
-
     if not job.label:
         return
     said = parse_selection(job.label, "model")

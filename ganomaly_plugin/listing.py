@@ -9,8 +9,12 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ganomaly_plugin.datasets.base import default_options
+from ganomaly_plugin.datasets.splits import PROTOCOLS
 from ganomaly_plugin.errors import BenchError, InvalidInput, unknown
+from ganomaly_plugin.hparams import as_recorded, default_hparams
 from ganomaly_plugin.registry import entries, make_detector, resolve
+from ganomaly_plugin.selection import show
 
 KINDS = {"detector": "detectors", "data set": "data sets"}
 _WIDTH = 100
@@ -22,8 +26,6 @@ def listing(pattern: str | None) -> str:
     Raises:
         InvalidInput: There is none.
     """
-    from ganomaly_plugin.datasets.splits import PROTOCOLS
-
     known: dict[str, dict[str, str]] = {
         title: {name: entry.summary for name, entry in sorted(entries(kind).items())} for kind, title in KINDS.items()
     }
@@ -53,9 +55,6 @@ def _section(title: str, names: Mapping[str, str]) -> str:
 
 def _options(kind: str, name: str) -> str:
     """The options of `name`, or "" where no such thing has any, or none can be told without a name behind its colon."""
-    from ganomaly_plugin.datasets.base import default_options
-    from ganomaly_plugin.hparams import default_hparams
-
     full = f"{name}PATH" if kind == "data set" and name.endswith(":") else name
     try:
         made = resolve(kind, full)
@@ -103,9 +102,6 @@ def _described(of: Any) -> dict[str, str]:
 
 
 def _shown(key: str, value: Any) -> str:
-    from ganomaly_plugin.hparams import as_recorded
-    from ganomaly_plugin.selection import show
-
     if value is dataclasses.MISSING or value is inspect.Parameter.empty:
         return f"{key}, which has no default"
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from ganomaly_plugin.errors import BenchError, InvalidInput, one_line, unknown
+from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, one_line, unknown
 
 if TYPE_CHECKING:
     from ganomaly_plugin.detectors.base import BaseDetector
@@ -215,7 +215,6 @@ def load_detector(path: str | os.PathLike[str], *, device: str = "auto", name: s
         CorruptFile: The file is damaged or of another format.
     """
     from ganomaly_plugin.detectors.base import read_detector_file, resolve_device
-    from ganomaly_plugin.errors import CorruptFile
 
     content = read_detector_file(path)
     saved = content.get("name")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ganomaly_plugin.datasets.base import resize
 from ganomaly_plugin.errors import InvalidInput
 
 COUNT = 4  # of each kind
@@ -73,6 +74,4 @@ def _with_their_batches(detector: Any, position: np.ndarray, n: int) -> np.ndarr
 
 def _shrink(images: np.ndarray) -> np.ndarray:
     """uint8 `(n, c, h, w)`, at most SIDE pixels wide."""
-    from ganomaly_plugin.datasets.base import resize
-
     return resize(np.ascontiguousarray(images), SIDE) if max(images.shape[-2:]) > SIDE else images

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.datasets import torchvision_sets
+from ganomaly_plugin.datasets.anomalib_sets import expand, list_anomalib
 from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, load_dataset
 from ganomaly_plugin.datasets.cache import available_cpus
 from ganomaly_plugin.datasets.decode import BadImage, decode_mask, quiet_pillow, read_upright
+from ganomaly_plugin.datasets.elpv import list_elpv
+from ganomaly_plugin.datasets.folder import list_folder
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
 
@@ -177,8 +180,6 @@ def get(name: str, root: str | Path | None = None, /, **options: Any) -> list[st
         if torchvision_sets.locate(torchvision_set, place) is None:
             torchvision_sets.download(torchvision_set, place)
     elif name.startswith("anomalib:"):
-        from ganomaly_plugin.datasets.anomalib_sets import expand
-
         for each, its in expand(name, place, dict(options)):
             load_dataset(each, root=place, **its)
         return [f"{name}: in {place.absolute()}"]
@@ -195,16 +196,10 @@ def _listing(name: str, root: Path, options: dict[str, Any], *, download: bool) 
     """The files of a data set that is made of image files; None for one that is not."""
     family, _, argument = name.partition(":")
     if family == "folder" and argument:
-        from ganomaly_plugin.datasets.folder import list_folder
-
         return list_folder(argument, root=root, defects=options.get("defects", "together"))
     if family == "anomalib" and argument:
-        from ganomaly_plugin.datasets.anomalib_sets import list_anomalib
-
         return list_anomalib(argument, root=root, category=options.get("category", ""), download=download)
     if name == "elpv":
-        from ganomaly_plugin.datasets.elpv import list_elpv
-
         return list_elpv(root=root, subset=options.get("subset", "all"))
     return None
 

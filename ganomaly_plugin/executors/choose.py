@@ -13,6 +13,7 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots
 from ganomaly_plugin.executors.tries import Lost
+from ganomaly_plugin.selection import parse_texts
 from ganomaly_plugin.store import Store
 
 if TYPE_CHECKING:
@@ -120,7 +121,6 @@ class Where:
     def resources(self) -> Resources:
         """What each SLURM task asks for."""
         from ganomaly_plugin.executors.slurm import Resources, minutes_of
-        from ganomaly_plugin.selection import parse_texts
 
         more = parse_texts(self.sbatch, "--sbatch") if self.sbatch else {}
         for value in more.values():

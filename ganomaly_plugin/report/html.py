@@ -10,6 +10,7 @@ from typing import Any
 from ganomaly_plugin import __version__
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.escape import WITHOUT_CONTROL, storable
+from ganomaly_plugin.files import atomic_write, check_writable
 from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets
 from ganomaly_plugin.report.figures.ranks import critical_difference
 from ganomaly_plugin.report.figures.sheets import truth_words
@@ -119,8 +120,6 @@ def _environment() -> Any:
 
 def write_report(results: Results, out: Path) -> int:
     """Write the page to `out` and return its size in bytes; `check_writable` says what `out` must be."""
-    from ganomaly_plugin.files import atomic_write, check_writable
-
     check_writable(out)
     content = storable(report_html(results).translate(WITHOUT_CONTROL)).encode()
     atomic_write(out, content)

@@ -11,6 +11,7 @@ import torch
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.images import to_float
 from ganomaly_plugin.registry import make_detector
+from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.speed.authors import AuthorsStep
 from ganomaly_plugin.speed.timing import Samples, Stopwatch, Task, Timing
 from ganomaly_plugin.speed.trainers import Prepared, Setting, indices
@@ -70,7 +71,6 @@ class AnomalibEngine:
         detector: Any = make_detector("anomalib:Ganomaly", **self.options)  # imports anomalib, without its remarks
         from ganomaly_plugin.detectors.anomalib_data import ImagesInMemory, make_engine
         from ganomaly_plugin.detectors.anomalib_models import quiet
-        from ganomaly_plugin.seeding import seeded
 
         with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors(), ExitStack() as training:
             model = detector._build()
