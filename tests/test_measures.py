@@ -109,7 +109,8 @@ def test_scores_alone_give_every_measure(tmp_path: Path) -> None:
         threshold = threshold_at(arrays["reference_score"], 0.1)
         assert row["f1"] == pytest.approx(f1_score(arrays["is_anomaly"], arrays["score"] > threshold))
     tables = make_tables(frame, ["f1", "eer"], fpr=0.1)
-    assert "rate of 0.1" in tables[0].title
+    assert "rate of 0.1 on held-out normal images" in tables[0].title
+    assert "on train normal images" in make_tables(frame.assign(reference="train"), ["f1"])[0].title  # as under paper-v1
     eer = tables[1]
     assert eer.ranks("0")[0] == {"b"} and eer.cells["b"]["0"].mean < eer.cells["a"]["0"].mean  # lower is better
     assert eer.average_ranks() == {"b": 1.0, "a": 2.0}

@@ -25,8 +25,8 @@ class Metric:
     """One measure of a job.
 
     Attributes:
-        title: For captions; `{fpr}` stands for the false-positive rate that sets the threshold, `{epoch}` for the epoch
-            that the scores are of.
+        title: For captions; `{fpr}` stands for the false-positive rate that sets the threshold, `{reference}` for the images
+            that it is set on, `{epoch}` for the epoch that the scores are of.
         higher_is_better: Its direction.
         measure: How it is taken from scores; None: only the record has it (maps and epochs are not stored).
     """
@@ -40,7 +40,7 @@ METRICS = {
     "auroc": Metric("AUROC, {epoch}", measure=lambda truth, score, _, __: auroc(truth, score)),
     "auprc": Metric("AUPRC, {epoch}", measure=lambda truth, score, _, __: auprc(truth, score)),
     "f1": Metric(
-        "F1 at the threshold for a false-positive rate of {fpr:g} on reference images, {epoch}",
+        "F1 at the threshold for a false-positive rate of {fpr:g} on {reference} normal images, {epoch}",
         measure=lambda truth, score, reference, fpr: f1_at(truth, score, threshold_at(reference, fpr)),
     ),
     "fpr95": Metric(

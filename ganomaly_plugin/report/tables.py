@@ -208,7 +208,9 @@ def _table(group: pd.DataFrame, metric: str, dataset: str, protocol: str, fpr: f
         rows = [row for row in rows if any(cell.n for cell in cells[row].values())]
     kind = METRICS[metric]
     chosen = (group.get("hparams.select", pd.Series(dtype=object)) == "normal-val").any()
-    title = kind.title.format(fpr=fpr, epoch="last epoch, or that which select=normal-val kept" if chosen else "last epoch")
+    origins = group.get("reference", pd.Series(dtype=object)).dropna().astype(str)  # "train" where none are held out
+    epoch = "last epoch, or that which select=normal-val kept" if chosen else "last epoch"
+    title = kind.title.format(fpr=fpr, reference="/".join(sorted(origins.unique())) or "reference", epoch=epoch)
     return Table(dataset, protocol, metric, title, tuple(rows), (*classes, MEAN), cells, kind.higher_is_better)
 
 
