@@ -62,8 +62,9 @@ class GanomalyRecipe(Recipe):
         extra_layers: 3×3 convolutions at half resolution, in each network.
         w_adv, w_con, w_enc: Weights of the adversarial, contextual and encoder loss (eq. 4).
         lr, betas: Adam's, for both networks.
-        adversarial: "feature-matching" (the paper's; public code since October 2019), "bce" (BCE(D(x̂), 1); public
-            code of May 2018 to July 2019) or "feature-matching-detached" (in between: no gradient reaches G).
+        adversarial: G's adversarial loss: "feature-matching" (the paper's; public code since October 2019), "bce"
+            (BCE(D(x̂), 1), that of the public code of May 2018 to July 2019) or "feature-matching-detached" (in between: no
+            gradient reaches G).
         redraw_below: D's weights are drawn anew when its loss falls under this; 0 never.
         score_by: "latent" (the authors': mean of (z - ẑ)²), "latent_l1" (the paper's eq. 5: mean of |z - ẑ|), "residual"
             and "residual_l2" (mean of |x - x̂| and of its square), "feature" (mean squared difference of D's features of x
@@ -117,6 +118,9 @@ class GanomalyRecipe(Recipe):
         # Differs: the authors run D twice on x and twice on x̂ (once for each loss); one pass gives the same gradients.
         # D's BatchNorm running statistics then move twice a step instead of four times: the scores "feature" and "combined"
         # read them, the authors' own does not.
+        # Differs: with "bce" this loss alone is that of 2018. That code moved D first, by the sum of the two cross-entropies
+        # (at times by the distance of its features instead), then G against the D so moved, and drew D anew when either of
+        # D's losses fell under 1e-5.
         x = step.images
         x_hat, z, z_hat = networks["generator"](x)
         logits_real, features_real = networks["discriminator"](x)
