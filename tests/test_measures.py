@@ -216,3 +216,5 @@ def test_published_data_are_whole() -> None:
     assert frame["auroc"].between(0, 1).all() and not frame.duplicated(["method", "dataset", "class"]).any()
     assert (frame[["source", "reliability", "epoch"]] != "").all().all()
     assert len(frame[frame["dataset"] == "cifar10"]) == 40 and len(frame[frame["dataset"] == "mnist"]) == 20
+    vae = frame[frame["dataset"] == "mnist"]
+    assert {*vae["image_size"], *vae["epoch"]} == {"28", "50"} and vae["source"].str.contains("official split").all()

@@ -78,7 +78,8 @@ class VaeRecipe(Recipe):
         likelihood: "gaussian" (squared error) or "bernoulli" (cross-entropy of the brightness).
         sigma: Standard deviation of the Gaussian, where black is 0 and white is 1; √½ weighs the squared error by 1.
         beta: Weight of the KL term; 1 is the evidence lower bound.
-        score_by: "reconstruction" (the likelihood's loss, summed over the pixels) or "elbo" (plus beta times the KL).
+        score_by: "reconstruction" (the likelihood's loss, summed over the pixels) or "elbo" (plus beta times the KL, as the
+            thesis scores).
         lr, betas: Adam's.
     """
 
