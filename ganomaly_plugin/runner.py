@@ -51,7 +51,8 @@ def _surroundings() -> Iterator[None]:
 
     What it prints goes to stderr, since stdout is for tables.
     """
-    folder, dtype, process = _here(), torch.get_default_dtype(), os.getpid()
+    folder, process = _here(), os.getpid()
+    dtype, threads, device = torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -59,6 +60,10 @@ def _surroundings() -> Iterator[None]:
         if os.getpid() != process:  # a fork that the job let go on: one of the two is enough
             os._exit(0)
         torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
         if folder is not None and folder != _here():
             with contextlib.suppress(OSError):  # somebody has removed it meanwhile
                 os.chdir(folder)

@@ -89,6 +89,8 @@ class Wanders(Sound):
         super()._fit(images, **options)
         os.chdir("/")
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_device("meta")
         print("printed by a detector")
 
 

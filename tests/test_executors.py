@@ -125,13 +125,17 @@ def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(
 
 
 def test_what_a_job_does_to_its_process_is_its_own_affair(capsys: pytest.CaptureFixture[str]) -> None:
-    before = Path.cwd(), torch.get_default_dtype()
+    def surroundings() -> tuple[object, ...]:
+        return Path.cwd(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+
+    before = surroundings()
     stack = jobs("crashing_detectors:ExitsAfterTraining[features=2,latent_dim=2]", classes="0,1")
     single = jobs(*(f"crashing_detectors:{name}" for name in ("Exits", "Unspeakable", "Wanders")), "mean_intensity")
     errors = []
     for chunk in (tuple(stack), *((job,) for job in single)):
         errors += [outcome.record.error for outcome in run_chunk(chunk, SETTINGS)]
-        assert (Path.cwd(), torch.get_default_dtype()) == before
+        assert surroundings() == before
+    torch.set_default_device(None)  # none at all, as it was
     assert errors == [*["SystemExit: 0"] * 3, "Fault", None, None]
     printed = capsys.readouterr()
     assert not printed.out and "printed by a detector" in printed.err
