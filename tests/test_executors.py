@@ -448,6 +448,7 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"timeout": 0.0}, "--timeout must be more than 0"),
         ({"workers": 2, "jobs_per_device": 2}, "either --workers, or --devices"),
         ({"devices": ("99",)}, "numbers of GPUs"),
+        ({"devices": ()}, "numbers of GPUs.*got ''"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

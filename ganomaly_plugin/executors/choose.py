@@ -176,7 +176,7 @@ def _check_devices(devices: tuple[str, ...]) -> None:
     import torch
 
     there = [str(number) for number in range(torch.cuda.device_count())]
-    for device in devices:
+    for device in devices or ("",):  # none at all would be nobody to do the work
         if device not in there:
             allowed = f"here are {', '.join(there)}" if there else "here is none; leave --devices out, or give --workers"
             raise InvalidInput(f"--devices takes numbers of GPUs: {allowed}; got {device!r}.")
