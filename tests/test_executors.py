@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -302,6 +303,15 @@ def test_ctrl_c_trains_nothing_more(folder: Path) -> None:
     _, stderr, count = interrupted(folder, "SlowAlone")
     assert "run one by one" in stderr and "models first" not in stderr, stderr
     assert count < 6
+
+
+def test_time_in_which_a_sweep_is_suspended_is_not_a_job_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, watched = [100.0], SimpleNamespace(since=90.0, signs=list)
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    for seconds, since in ((0.1, 90.0), (local._LOOK, 90.0), (local._LOOK + 3600.0, 3690.0)):
+        monkeypatch.setattr(local.connection, "wait", lambda _, timeout, s=seconds: now.__setitem__(0, now[0] + s))
+        local._await_sign([watched])
+        assert watched.since == since
 
 
 @pytest.mark.slow

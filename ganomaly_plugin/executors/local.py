@@ -89,7 +89,7 @@ class LocalExecutor:
                     busy = [worker for worker in workers if worker.left]
                     if not busy:
                         return
-                    connection.wait([item for worker in busy for item in worker.signs()], timeout=_LOOK)
+                    _await_sign(busy)
                     interrupt_if_asked()
                     for worker in busy:
                         yield from worker.receive()
@@ -290,9 +290,19 @@ def _being_recorded(workers: Iterable[_Worker]) -> Iterator[Outcome]:
             count = sum(len(worker.left) for worker in at_it)
             print(f"interrupted: recording {count} trained models first; interrupt again to stop at once", file=sys.stderr)
             told = True
-        connection.wait([item for worker in at_it for item in worker.signs()], timeout=_LOOK)
+        _await_sign(at_it)
         for worker in at_it:
             yield from worker.receive()
+
+
+def _await_sign(workers: list[_Worker]) -> None:
+    """Wait a little for one of `workers`. While this process is stopped (Ctrl-Z, a suspended SLURM job) so are they."""
+    began = time.monotonic()
+    connection.wait([item for worker in workers for item in worker.signs()], timeout=_LOOK)
+    stopped = time.monotonic() - began - _LOOK
+    if stopped > _GRACE:
+        for worker in workers:
+            worker.since += stopped
 
 
 @contextlib.contextmanager
