@@ -63,7 +63,7 @@ def _surroundings() -> Iterator[None]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None if device.type == "cpu" else device)  # None costs nothing
         if folder is not None and folder != _here():
             with contextlib.suppress(OSError):  # somebody has removed it meanwhile
                 os.chdir(folder)

@@ -136,7 +136,6 @@ def test_what_a_job_does_to_its_process_is_its_own_affair(capsys: pytest.Capture
     for chunk in (tuple(stack), *((job,) for job in single)):
         errors += [outcome.record.error for outcome in run_chunk(chunk, SETTINGS)]
         assert surroundings() == before
-    torch.set_default_device(None)  # none at all, as it was
     assert errors == [*["SystemExit: 0"] * 3, "Fault", None, None]
     printed = capsys.readouterr()
     assert not printed.out and "printed by a detector" in printed.err
