@@ -179,6 +179,8 @@ def test_what_lightning_would_do_otherwise_is_refused() -> None:
         fit_batches(small("FAnogan", pre_processor=False), [images], CPU, epochs=1)
     with pytest.raises(InvalidInput, match="expects 16×16"):
         fit_batches(small("Ganomaly", pre_processor=False), [torch.zeros(4, 3, 32, 32)], CPU)
+    with pytest.raises(InvalidInput, match="got images of 32×16 and expects 16×16"):  # convolutions would score them
+        small("Ganomaly", pre_processor=False).eval()(torch.zeros(4, 3, 32, 16))
     with pytest.raises(Diverged, match="step 1"):
         fit_batches(small("Ganomaly", pre_processor=False), [images * float("nan")], CPU)
 

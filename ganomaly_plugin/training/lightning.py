@@ -74,13 +74,14 @@ class RecipeModel(nn.Module):
     Args:
         recipe: The method.
         networks: Its networks.
-        channels: What they take: 3, or 1 for which colours are turned grey. anomalib knows images of 3 channels only.
+        chw: What they take: 3 channels, or 1 for which colours are turned grey (anomalib knows images of 3 channels only),
+            and the side of the images twice.
     """
 
-    def __init__(self, recipe: Recipe, networks: dict[str, nn.Module], channels: int) -> None:
+    def __init__(self, recipe: Recipe, networks: dict[str, nn.Module], chw: tuple[int, int, int]) -> None:
         super().__init__()
         self.recipe = recipe
-        self.channels = channels
+        self.channels, self.size = chw[0], chw[1:]
         self.networks = nn.ModuleDict(networks)
         self.average = make_average(recipe, networks)
         self.has_map = type(recipe).anomaly_map is not Recipe.anomaly_map
@@ -116,9 +117,16 @@ class RecipeModel(nn.Module):
             return self._score(networks, images.clone())
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Images of anomalib `(b, 3, h, w)` with the channels that the networks take."""
-        plain = images if torch.compiler.is_compiling() else images.as_subclass(Tensor)  # no tv_tensors.Image
-        return to_grey(plain) if self.channels == 1 else plain
+        """Images of anomalib `(b, 3, h, w)` with the channels that the networks take; raises InvalidInput for another size."""
+        if not torch.compiler.is_compiling():  # in an export the pre-processor sees to the size
+            images = images.as_subclass(Tensor)  # no tv_tensors.Image
+            if images.shape[-2:] != self.size:
+                name, (h, w), (height, width) = type(self.recipe).__name__, images.shape[-2:], self.size
+                raise InvalidInput(
+                    f"{name.removesuffix('Recipe')} got images of {h}×{w} and expects {height}×{width}. "
+                    "Keep its own pre-processor, or resize in yours."
+                )
+        return to_grey(images) if self.channels == 1 else images
 
     def _score(self, networks: Networks, images: Tensor) -> InferenceBatch:
         x = to_float(self.inputs(images), self.recipe.input_range)
@@ -177,9 +185,9 @@ class RecipeModule(AnomalibModule):
                 f"The pre-processor makes images of {given[0]}×{given[1]}, but image_size is {image_size}. Make them agree."
             )
         self.hparams.update({k: v for k, v in asdict(recipe).items() if k not in HIDDEN}, seed=seed)  # defaults too
-        self.recipe, self.seed, self.chw = recipe, seed, chw
+        self.recipe, self.seed = recipe, seed
         self.automatic_optimization = False
-        self.model = RecipeModel(recipe, build_networks(recipe, chw, seed), channels)
+        self.model = RecipeModel(recipe, build_networks(recipe, chw, seed), chw)
         self._loop: PlainTrainer | None = None
         self._stage = -1  # none yet
         self._resumed: dict[str, Any] | None = None
@@ -286,7 +294,6 @@ class RecipeModule(AnomalibModule):
                 "saved after an epoch, as ModelCheckpoint does with every_n_epochs."
             )
         images = self.model.inputs(batch.image)  # type: ignore[arg-type]
-        self._check_images(images)
         if batch_idx == 0:
             self._full_batch = len(images)
         elif len(images) < self._full_batch:
@@ -380,10 +387,3 @@ class RecipeModule(AnomalibModule):
         if self._loop is None:
             raise InvalidInput(f"{self.name} is not in training. Call Engine.fit.")
         return self._loop
-
-    def _check_images(self, images: Tensor) -> None:
-        if images.shape[-2:] != self.chw[1:]:
-            raise InvalidInput(
-                f"{self.name} got images of {images.shape[-2]}×{images.shape[-1]} and expects {self.chw[1]}×{self.chw[2]}. "
-                "Keep its own pre-processor, or resize in yours."
-            )
