@@ -163,6 +163,15 @@ def test_a_pre_processor_of_another_size_is_refused() -> None:
         small("Ganomaly", pre_processor=GanPreProcessor(48))
 
 
+def test_the_pre_processor_is_configured_as_anomalibs() -> None:
+    module = small("Ganomaly", image_size=48, pre_processor=ganomaly_plugin.Ganomaly.configure_pre_processor((48, 48)))
+    white = module.pre_processor.transform(torch.ones(1, 3, 60, 50))
+    assert white.shape == (1, 3, 48, 48) and torch.allclose(white, torch.ones(1, 3, 48, 48))
+    assert ganomaly_plugin.Ganomaly.configure_pre_processor().transform(torch.ones(1, 3, 60, 50)).shape == (1, 3, 32, 32)
+    with pytest.raises(InvalidInput, match="square, got an image_size of 48×32"):
+        ganomaly_plugin.Ganomaly.configure_pre_processor((48, 32))
+
+
 def test_what_lightning_would_do_otherwise_is_refused() -> None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 

@@ -45,6 +45,7 @@ from ganomaly_plugin.training.validation import CALIBRATION_LIMIT, calibrate
 logger = logging.getLogger(__name__)
 
 PRECISION = "32-true"
+DEFAULT_SIZE = 32
 _UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
 _OWN_KEY = "ganomaly_plugin"
 #: Recipe fields that are no init arguments: the data module decides on the batches, Lightning's callbacks on the epoch,
@@ -150,7 +151,7 @@ class RecipeModule(AnomalibModule):
 
     def __init__(
         self,
-        image_size: int = 32,
+        image_size: int = DEFAULT_SIZE,
         channels: int = 3,
         seed: int | None = 0,
         pre_processor: PreProcessor | bool = True,
@@ -174,7 +175,7 @@ class RecipeModule(AnomalibModule):
             seed = int(torch.randint(2**32, (1,)))
         seed = check_seed(seed)
         super().__init__(
-            pre_processor=GanPreProcessor(image_size) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor(chw[1:]) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -205,6 +206,14 @@ class RecipeModule(AnomalibModule):
     def __subclasses__(cls) -> list[type]:
         """None: jsonargparse, which looks models up by short names, is to find anomalib's Ganomaly under `Ganomaly`."""
         return []
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Images of `image_size`, 32×32 by default, in [-1, 1]; anomalib's own are normalised for ImageNet, at 256×256."""
+        height, width = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
+        if height != width:
+            raise InvalidInput(f"Images must be square, got an image_size of {height}×{width}.")
+        return GanPreProcessor(height)
 
     @property
     def learning_type(self) -> LearningType:
