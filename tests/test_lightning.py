@@ -299,6 +299,17 @@ def test_precision_is_that_of_scores_too(tmp_path: Path, parts: Any) -> None:
             engine(tmp_path / "b", precision=precision).test(module, datamodule=parts)
 
 
+def test_a_checkpoint_of_other_settings_is_said(tmp_path: Path, parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trained = engine(tmp_path / "a", max_epochs=1)
+    trained.fit(small("Ganomaly", score_by="feature", seed=1), datamodule=parts)
+    again = ganomaly_plugin.Ganomaly.load_from_checkpoint(trained.best_model_path)
+    assert again.recipe.score_by == "feature" and "instead of" not in caplog.text
+    engine(tmp_path / "b").test(small("Ganomaly"), datamodule=parts, ckpt_path=trained.best_model_path)
+    assert "The checkpoint's Ganomaly has score_by='feature' instead of 'latent'. Set the same" in caplog.text
+    with pytest.raises(InvalidInput, match="score_by='feature' instead of 'combined'"):
+        engine(tmp_path / "b").test(small("Ganomaly", score_by="combined"), datamodule=parts, ckpt_path=trained.best_model_path)
+
+
 def test_stages_that_were_not_reached_are_said(tmp_path: Path, parts: Any, caplog: pytest.LogCaptureFixture) -> None:
     from lightning.pytorch.callbacks import EarlyStopping
 

@@ -355,21 +355,23 @@ class RecipeModule(AnomalibModule):
         checkpoint[_OWN_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise InvalidInput, in one line, for a checkpoint of another model or of other sizes."""
+        """Raise InvalidInput for a checkpoint of another model or of other networks; say which other settings differ."""
         super().on_load_checkpoint(checkpoint)
         own = checkpoint.get(_OWN_KEY, {})
         found = own.get("model", "a model of another package")
         if found != self.name:
             raise InvalidInput(f"The checkpoint holds {found}, not {self.name}. Give the model it was trained as.")
-        state, ours = checkpoint["state_dict"], self.state_dict()
-        if any(state[key].shape != ours[key].shape for key in state.keys() & ours.keys()) or state.keys() - ours.keys():
-            saved, mine = dict(checkpoint.get("hyper_parameters", {})), dict(self.hparams)
-            differ = [f"{k}={v!r} instead of {mine[k]!r}" for k, v in saved.items() if k in mine and mine[k] != v]
-            raise InvalidInput(
-                f"The checkpoint's {self.name} has {', '.join(differ) or 'other networks'}. Set the same values."
-            )
-        states = ("steps", "stage_steps", "max_epochs", "draws", "redraws")
-        self._resumed = {key: own.get(key) for key in states} if "draws" in own else None
+        saved, mine = dict(checkpoint.get("hyper_parameters", {})), dict(self.hparams)
+        settings = [k for k in ("image_size", "channels", *asdict(self.recipe)) if k in saved and k in mine]
+        differ = ", ".join(f"{k}={saved[k]!r} instead of {mine[k]!r}" for k in settings if saved[k] != mine[k])
+        states = checkpoint["state_dict"], self.state_dict()
+        theirs, ours = ({k: v.shape for k, v in state.items() if k.startswith("model.")} for state in states)
+        if theirs != ours:
+            raise InvalidInput(f"The checkpoint's {self.name} has {differ or 'other networks'}. Set the same values.")
+        if differ:  # its thresholds may be of another score
+            logger.warning("The checkpoint's %s has %s. Set the same values, unless that is meant.", self.name, differ)
+        kept = ("steps", "stage_steps", "max_epochs", "draws", "redraws")
+        self._resumed = {key: own.get(key) for key in kept} if "draws" in own else None
 
     def to_onnx(  # type: ignore[override]
         self, export_root: Path | str, model_file_name: str = "model", input_size: tuple[int, int] | None = None, **kwargs: Any
