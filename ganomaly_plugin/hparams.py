@@ -82,10 +82,11 @@ def _takes_none(hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with numbers of numpy's as Python's own, and tuples as lists."""
+    """`value` with numbers of numpy's as Python's own, and tuples, and lists of OmegaConf's, as lists."""
     if isinstance(value, np.generic):
         return value.item()
-    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+    is_list = isinstance(value, collections.abc.Sequence) and not isinstance(value, (str, bytes))
+    return [_plain(each) for each in value] if is_list else value
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -118,14 +118,16 @@ def test_anomalibs_names_stay_its_own_and_ours_are_opt_in() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AnomalibModule, "model", fail_untyped=False)
     assert parser.parse_args(["--model", "Ganomaly"]).model.class_path == "anomalib.models.Ganomaly"
-    path = {"class_path": "ganomaly_plugin.Autoencoder", "init_args": {"features": 2, "image_size": 16}}
+    init_args = {"features": 2, "image_size": 16, "betas": [0.5, 0.9]}  # of which get_model makes lists of OmegaConf's
+    path = {"class_path": "ganomaly_plugin.Autoencoder", "init_args": init_args}
     import anomalib.models as models
 
     if "ganomaly_plugin" not in models.ALLOWED_MODULES:
         with pytest.raises(UnknownModelError):
             get_model(path)
     assert "ganomaly_plugin.Autoencoder" in ours.register()
-    assert get_model(path).recipe.features == 2
+    recipe = get_model(path).recipe
+    assert recipe.features == 2 and recipe.betas == (0.5, 0.9)
 
 
 def test_init_arguments_are_the_recipes_fields_with_types_and_defaults() -> None:
