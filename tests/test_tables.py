@@ -19,7 +19,17 @@ from ganomaly_plugin import load_results
 from ganomaly_plugin.core import Outcome
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report import statistics
-from ganomaly_plugin.report.comparisons import _in_range, _pairs, _scores, across_data_sets, comparisons, p_text, seed_means
+from ganomaly_plugin.report.comparisons import (
+    Comparison,
+    _in_range,
+    _pairs,
+    _scores,
+    across_data_sets,
+    comparison_text,
+    comparisons,
+    p_text,
+    seed_means,
+)
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.decisions import decision_reports
 from ganomaly_plugin.report.frame import MEAN, runs_frame
@@ -221,6 +231,12 @@ def test_what_comparisons_are_of(tmp_path: Path) -> None:
         assert seed_means(results, comparison.table)["a"] == pytest.approx(wanted)
     assert _in_range(Interval(-0.1, 1.2, "m", 2)) == Interval(0.0, 1.0, "m", 2) and _in_range(None) is None
     assert (p_text(0.0001), p_text(0.00004)) == ("p = 0.0001", "p < 0.0001")
+
+
+def test_no_p_is_zero_beside_its_correction_either() -> None:
+    table = drawn(2, [*map(str, range(26)), MEAN])
+    text = comparison_text(Comparison(table, (), (), tuple(_pairs(table, None)[0]), ""))
+    assert "worse in 26, p < 0.0001, Holm < 0.0001" in text
 
 
 def test_images_of_two_categories_are_never_the_same(tmp_path: Path) -> None:

@@ -219,16 +219,22 @@ def comparison_text(comparison: Comparison) -> str:
     for pair in comparison.pairs:
         lines.append(
             f"    {pair.a} - {pair.b}: {pair.difference:+.3f}, better in {pair.wins_a}, worse in {pair.wins_b}, "
-            f"{p_text(pair.p)}, Holm {pair.p_holm:.4f}"
+            f"{p_text(pair.p)}, Holm {p_number(pair.p_holm)}"
         )
     if comparison.why_no_pairs:
         lines.append(f"  {comparison.why_no_pairs}")
     return "\n".join(map(printable, lines))
 
 
+def p_number(p: float) -> str:
+    """`0.0123`, and never a p of zero."""
+    return f"{p:.4f}" if p >= 0.00005 else "< 0.0001"
+
+
 def p_text(p: float) -> str:
-    """`p = 0.0123`, and never a p of zero."""
-    return f"p = {p:.4f}" if p >= 0.00005 else "p < 0.0001"
+    """`p = 0.0123` or `p < 0.0001`."""
+    number = p_number(p)
+    return f"p {number}" if number.startswith("<") else f"p = {number}"
 
 
 def friedman_text(protocol: str, tested: Friedman | None, why: str) -> str:

@@ -11,7 +11,7 @@ from ganomaly_plugin import __version__
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.escape import WITHOUT_CONTROL, storable
 from ganomaly_plugin.files import atomic_write, check_writable
-from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets
+from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets, p_number
 from ganomaly_plugin.report.figures.ranks import critical_difference
 from ganomaly_plugin.report.figures.sheets import truth_words
 from ganomaly_plugin.report.figures.style import PAGE, Canvas, inline_svg, styled
@@ -114,7 +114,14 @@ def _environment() -> Any:
     made.filters["table"] = lambda table: Markup(table_html(table))  # these two escape every text themselves
     made.filters["breakable"] = lambda text: Markup(breakable(text))
     made.filters["sentence"] = lambda text: f"{text.rstrip('.')}."
-    made.filters |= {"heading": heading, "notes": notes, "detector": label, "class_of": class_of, "truth": truth_words}
+    made.filters |= {
+        "heading": heading,
+        "notes": notes,
+        "detector": label,
+        "class_of": class_of,
+        "truth": truth_words,
+        "p": p_number,
+    }
     return made
 
 
