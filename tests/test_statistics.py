@@ -83,6 +83,15 @@ def test_ties_between_many_classes_leave_wilcoxon_exact() -> None:
     assert (pair.wins_a, pair.wins_b, pair.p) == (5, 0, 2 / 2**5)
 
 
+def test_what_differs_by_rounding_alone_is_level() -> None:
+    a, b = [0.1 + 0.2, *np.arange(7) / 10], [0.3, *np.arange(1, 8) / 10]  # seven differences of -0.1, and none
+    assert a[0] != b[0] and len(set(np.subtract(a, b))) > 2
+    (pair,) = wilcoxon_pairs({"a": a, "b": b}, [("a", "b")])
+    assert (pair.wins_a, pair.wins_b, pair.p) == (0, 7, 2 / 2**7)
+    ranks = friedman(["a", "b", "c"], np.array([[0.1 + 0.2, 0.3, 0.4]] * 6)).ranks
+    assert ranks == {"a": 2.5, "b": 2.5, "c": 1.0}
+
+
 def test_wilcoxon_is_exact_and_refused_for_few_classes() -> None:
     values = {"a": np.arange(6) + 1.0, "b": np.zeros(6), "c": np.zeros(6)}
     pairs = wilcoxon_pairs(values, [("a", "b"), ("a", "c"), ("b", "c")])

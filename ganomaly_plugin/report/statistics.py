@@ -15,6 +15,7 @@ CONFIDENCE = 0.95
 SEEDS_FOR_BOOTSTRAP = 8  # with fewer, resampled seeds repeat so much that the interval is far too narrow
 PAIRS_FOR_WILCOXON = 6  # with 5 pairs the smallest two-sided p is 2 / 2^5 = 0.0625
 BLOCKS_FOR_FRIEDMAN = 6  # data sets
+DIGITS = 12  # of measures that are ranked: what differs by less is level, and differs by the rounding of a mean alone
 HELD = 200_000  # drawn images held in memory at once
 
 
@@ -149,7 +150,7 @@ def wilcoxon_pairs(values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[
         )
     raw = []
     for a, b in pairs:
-        difference = np.asarray(values[a], dtype=float) - np.asarray(values[b], dtype=float)
+        difference = np.round(np.asarray(values[a], dtype=float) - np.asarray(values[b], dtype=float), DIGITS)
         unequal = difference[difference != 0]  # left out here, so that SciPy has no cause to leave the exact distribution
         p = float(stats.wilcoxon(unequal).pvalue) if len(unequal) else 1.0
         raw.append((a, b, int((difference > 0).sum()), int((difference < 0).sum()), float(difference.mean()), p))
@@ -200,7 +201,7 @@ def friedman(names: Sequence[str], values: np.ndarray, *, higher_is_better: bool
             f"Friedman's test needs at least 3 detectors on {BLOCKS_FOR_FRIEDMAN} data sets, got {k} on {n}. "
             "Classes of one data set share their training images and do not count as data sets."
         )
-    ranks = stats.rankdata(-values if higher_is_better else values, axis=1)
+    ranks = stats.rankdata(np.round(-values if higher_is_better else values, DIGITS), axis=1)
     mean = ranks.mean(0)
     chi2 = 12 * n / (k * (k + 1)) * float((mean**2).sum() - k * (k + 1) ** 2 / 4)
     if ties:
