@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from importlib import resources
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from documentation import ROOT
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_measures import fill, outcome
 from test_results import failed
@@ -24,11 +26,11 @@ from ganomaly_plugin.report.figures import FIGURES
 from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
 from ganomaly_plugin.report.figures.epochs import choices, epochs, table
 from ganomaly_plugin.report.figures.histograms import binned, standardised
-from ganomaly_plugin.report.figures.legend import columns
+from ganomaly_plugin.report.figures.legend import clipped, columns
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
 from ganomaly_plugin.report.figures.sheets import FRAME, sheets
-from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, new_figure, save, styled
+from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, log_axis, new_figure, save, styled
 from ganomaly_plugin.report.groups import groups, short_names
 from ganomaly_plugin.report.statistics import friedman
 
@@ -141,6 +143,36 @@ def test_long_names_widen_a_key_and_are_refused_beside_ranks(tmp_path: Path, ben
     code, _, err = bench(*words)
     assert code == 2 and "do not fit beside a diagram of 3.3 inches. Give --width 4, or" in err
     assert bench(*words, "--width", 4)[0] == 0
+
+
+def test_names_that_would_read_alike_when_clipped_are_whole(tmp_path: Path) -> None:
+    names = [f"a[first_weight={x},features={y},last_weight=10]" for x in (1, 5) for y in (16, 32)]
+    assert clipped([*names, "b"], 20)[0].replace("\n", "") == names[0] and clipped([names[0], "b"], 20)[0].count("…") == 1
+    made = [with_oracle(outcome(d, f"the_first_half_{c}_of_a_class"), 0.5, 0.8) for d in [*names, "b"] for c in "xy"]
+    (group,) = groups(load_results(fill(tmp_path / "out", made).folder))
+    with styled(PAPER):
+        for kind in ("roc", "pr", "bars", "histograms", "losses", "speed", "epochs"):
+            figure = FIGURES[kind].draw([group], Canvas()).figure
+            figure.draw_without_rendering()
+            texts = [text.get_text() for text in figure.findobj(Text)]
+            assert not [n for n in short_names(names).values() if not any(n in t.replace("\n", "") for t in texts)], kind
+            if kind == "bars":
+                assert len({text for text in texts if text.replace("\n", "").endswith("_of_a_class")}) == 2
+                box = figure.axes[0].get_position()
+                assert box.height * figure.get_figheight() > 1.4  # inches that are left to the bars
+
+
+def test_ticks_of_many_decades_do_not_run_into_each_other() -> None:
+    with styled(PAPER):
+        figure = new_figure(3.3, 2)
+        axes = figure.subplots(1, 2)[0]
+        axes.plot([1, 1e4], [0, 1])
+        log_axis(axes, "x")
+        figure.draw_without_rendering()
+        boxes = [each.get_window_extent() for each in axes.get_xticklabels() if each.get_text()]
+    low, high = axes.bbox.x0 - 1, axes.bbox.x1 + 1
+    shown = [box for box in boxes if low <= (box.x0 + box.x1) / 2 <= high]
+    assert len(shown) > 1 and all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(shown))
 
 
 def test_epoch_choice_by_hand(tmp_path: Path, bench) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.figures.legend import LETTER, clip, columns, drawn
+from ganomaly_plugin.report.figures.legend import LETTER, LINE, clipped, columns, drawn
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.groups import Group
 
 THINNEST = 0.055  # inches a bar; with less the bars lie on their side, and the figure grows downwards
 TALLEST = 9.0  # inches
+SLANT = 60  # degrees, of class names that are too long to stand side by side
 
 
 def bars(group: Group, canvas: Canvas) -> Drawing:
@@ -32,38 +33,42 @@ def bars(group: Group, canvas: Canvas) -> Drawing:
             f"{len(group.table.columns) - 1} classes × {len(chosen)} detectors make {slots} bars, too many for one figure. "
             "Name some with --classes or --detectors."
         )
-    figure = new_figure(canvas.width, 2.4 if upright else length)
-    axes = figure.subplots()
     names = group.names()
+    texts = clipped([names[name] for name in chosen])
+    ncols = columns(texts, canvas.width)
+    key = LINE * (math.ceil(len(texts) / ncols) * max(1 + text.count("\n") for text in texts) - 1)  # lines but the first
+    ticks = clipped([*group.table.columns[:-1], MEAN], 18)
+    slot = (canvas.width - 0.6) / (len(ticks) + 0.35)  # inches
+    longest = LETTER * max(len(line) for text in ticks for line in text.splitlines())
+    slanted = upright and longest >= slot
+    figure = new_figure(canvas.width, key + (2.4 + slanted * math.sin(math.radians(SLANT)) * longest if upright else length))
+    axes = figure.subplots()
     thick = 1 / (len(chosen) + 1)
     place = np.arange(len(group.table.columns), dtype=float)
     place[-1] += 0.35  # the mean stands apart
-    for k, name in enumerate(chosen):
+    for k, (name, text) in enumerate(zip(chosen, texts, strict=True)):
         cells = [group.table.cells[name][column] for column in group.table.columns]
         means = [cell.mean for cell in cells]
         spread = [0 if math.isnan(cell.std) else cell.std for cell in cells]
         at = place + (k - (len(chosen) - 1) / 2) * thick
-        style: Any = {"color": canvas.theme.colours[group.colour(name) % DRAWN], "label": clip(names[name])}
+        style: Any = {"color": canvas.theme.colours[group.colour(name) % DRAWN], "label": text}
         whisker: Any = {"ecolor": canvas.theme.ink, "elinewidth": 0.6, "capsize": 0}
         if upright:
             axes.bar(at, means, thick * 0.9, yerr=spread, error_kw=whisker, **style)
         else:
             axes.barh(at, means, thick * 0.9, xerr=spread, error_kw=whisker, **style)
-    _axes(axes, upright, place, [*group.table.columns[:-1], MEAN], canvas)
-    ncols = columns([clip(names[name]) for name in chosen], canvas.width)
+    _axes(axes, upright, place, ticks, slanted, canvas)
     figure.legend(loc="outside upper left", ncols=ncols, handlelength=1)
     seeds = group.table.seeds
     over = f"mean over {seeds} seeds, whiskers one standard deviation" if seeds > 1 else "one seed, so no whiskers"
     return Drawing(figure, f"AUROC by class on {group.title}: {over}; dotted: chance. {note}".strip())
 
 
-def _axes(axes: object, upright: bool, place: np.ndarray, columns: list[str], canvas: Canvas) -> None:
-    texts = [clip(column, 18) for column in columns]
+def _axes(axes: object, upright: bool, place: np.ndarray, texts: list[str], slanted: bool, canvas: Canvas) -> None:
     dotted = {"color": canvas.theme.muted, "linewidth": 0.8, "linestyle": (0, (1, 2))}
     if upright:
-        slot = (canvas.width - 0.6) / (place[-1] + 1)  # inches
-        fits = max(map(len, texts)) * LETTER < slot
-        axes.set_xticks(place, texts, rotation=0 if fits else 60)  # type: ignore[attr-defined]
+        turned: Any = {"rotation": SLANT, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks(place, texts, **turned)  # type: ignore[attr-defined]
         axes.set(ylim=(0, 1), ylabel="AUROC", xlim=(-0.5, place[-1] + 0.5))  # type: ignore[attr-defined]
         axes.grid(visible=False, axis="x")  # type: ignore[attr-defined]
         axes.axhline(0.5, **dotted)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import markdown_escape
-from ganomaly_plugin.report.figures.legend import clip, line_style, marker_style, remark
+from ganomaly_plugin.report.figures.legend import clip, clipped, line_style, marker_style, remark
 from ganomaly_plugin.report.figures.losses import thinned
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
@@ -87,12 +87,13 @@ def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> No
     from matplotlib.ticker import MaxNLocator
 
     names = group.names(choice.detector for choice in made)
-    for place, choice in enumerate(made):
+    texts = clipped([names[choice.detector] for choice in made])
+    for place, (choice, text) in enumerate(zip(made, texts, strict=True)):
         k = group.colour(choice.detector) if len(group.detectors) <= DRAWN else place  # some would share a colour
         style, n = line_style(k, canvas.theme), len(choice.by_epoch)
-        text = f"{choice.last:.3f} / {choice.best:.3f}  {clip(names[choice.detector])}"
         shown = thinned(n)
-        axes.plot(shown + 1, choice.by_epoch[shown], label=text, **style)  # type: ignore[attr-defined]
+        label = f"{choice.last:.3f} / {choice.best:.3f}  {text}"
+        axes.plot(shown + 1, choice.by_epoch[shown], label=label, **style)  # type: ignore[attr-defined]
         axes.plot(n, choice.last, linestyle="", **marker_style(k, canvas.theme))  # type: ignore[attr-defined]
         axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)  # type: ignore[attr-defined]
     low = min(float(choice.by_epoch[len(choice.by_epoch) // 3 :].min()) for choice in made)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ganomaly_plugin.metrics import ROUNDING, deviation
-from ganomaly_plugin.report.figures.legend import clip, remark
+from ganomaly_plugin.report.figures.legend import LINE, clipped, remark
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
 
@@ -58,17 +58,19 @@ def _draw(group: Group, detectors: tuple[str, ...], canvas: Canvas, note: str) -
     columns = max(1, min(len(detectors), round(canvas.width / 1.7) if len(detectors) > 1 else 1))
     rows = math.ceil(len(detectors) / columns)
     panel = canvas.width / columns
-    figure = new_figure(canvas.width, rows * min(1.5, 0.62 * panel) + 0.45)
-    grid = figure.subplots(rows, columns, squeeze=False)
     names = group.names()
-    for axes, name in zip(grid.flat, detectors, strict=False):
+    titles = clipped([names[name] for name in detectors], round(12.5 * panel))
+    more = LINE * max(text.count("\n") for text in titles)  # lines but the first
+    figure = new_figure(canvas.width, rows * (min(1.5, 0.62 * panel) + more) + 0.45)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, name, title in zip(grid.flat, detectors, titles, strict=False):
         edges, normal, anomalous = binned(*standardised(group, name))
         for shares, colour in ((normal, canvas.theme.normal), (anomalous, canvas.theme.anomalous)):
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
             axes.stairs(
                 shares, edges, color=colour, linewidth=1.1, linestyle="-" if colour == canvas.theme.normal else (0, (3, 1))
             )
-        axes.set_title(clip(names[name], round(12.5 * panel)), loc="left", fontsize=7)
+        axes.set_title(title, loc="left", fontsize=7)
         axes.text(1, 0.98, f"{group.mean(name):.3f}", transform=axes.transAxes, ha="right", va="top", fontsize=7)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)

@@ -9,11 +9,13 @@ from ganomaly_plugin.report.figures.style import DASHES, DRAWN, MARKERS, Theme
 from ganomaly_plugin.report.groups import Group
 
 LETTER = 0.058  # inches: what a letter of a key or label of seven points takes on average
+LINE = 0.15  # inches: and a line
 
 
 def columns(texts: Sequence[str], width: float) -> int:
     """How many columns a key of `texts` has across `width` inches."""
-    return max(1, int(width / (LETTER * max(map(len, texts), default=0) + 0.35)))
+    longest = max((len(line) for text in texts for line in text.splitlines()), default=0)
+    return max(1, int(width / (LETTER * longest + 0.35)))
 
 
 def drawn(group: Group, most: int = DRAWN) -> tuple[tuple[str, ...], str]:
@@ -42,6 +44,13 @@ def clip(text: str, most: int = 34) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"
 
 
+def clipped(texts: Sequence[str], most: int = 34) -> list[str]:
+    """`texts`, each clipped unless others would read alike; those are whole, in lines of `most` characters."""
+    short = [clip(text, most) for text in texts]
+    whole = ["\n".join(text[k : k + most] for k in range(0, len(text), most)) for text in texts]
+    return [s if short.count(s) == 1 else w for s, w in zip(short, whole, strict=True)]
+
+
 def key(
     axes: Any, group: Group, detectors: Sequence[str], theme: Theme, title: str, *, values: Mapping[str, float] | None = None
 ) -> None:
@@ -50,12 +59,10 @@ def key(
 
     names = group.names()
     handles, texts = [], []
-    for name in detectors:
+    for name, text in zip(detectors, clipped([names[name] for name in detectors]), strict=True):
         value = group.mean(name) if values is None else values[name]
         missing = group.missing(name)
-        texts.append(
-            f"{value:.3f}  {clip(names[name])}" + (f" ({missing} job{'s' * (missing > 1)} missing)" if missing else "")
-        )
+        texts.append(f"{value:.3f}  {text}" + (f" ({missing} job{'s' * (missing > 1)} missing)" if missing else ""))
         handles.append(Line2D([], [], **line_style(group.colour(name), theme)))
     made = axes.figure.legend(handles, texts, title=title, alignment="left", loc="outside lower left")
     made.get_title().set_fontsize(7)

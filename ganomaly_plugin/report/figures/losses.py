@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.figures.legend import clip, remark
+from ganomaly_plugin.report.figures.legend import clipped, remark
 from ganomaly_plugin.report.figures.style import DASHES, DRAWN, LEAST_RATIO, Canvas, Drawing, log_axis, new_figure
 from ganomaly_plugin.report.groups import Group
 
@@ -71,7 +71,8 @@ def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Draw
     figure = new_figure(canvas.width, rows * 1.75 + 0.25)
     grid = figure.subplots(rows, columns, squeeze=False)
     names = group.names()
-    for axes, detector in zip(grid.flat, detectors, strict=False):
+    titles = clipped([names[detector] for detector in detectors], 40)
+    for axes, detector, title in zip(grid.flat, detectors, titles, strict=False):
         curves = loss_curves(group, detector)
         for k, (name, (mean, low, high)) in enumerate(curves.items()):
             colour, shown = canvas.theme.colours[k % DRAWN], thinned(len(mean))
@@ -82,7 +83,7 @@ def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Draw
         least, largest = (take([take(curve) for curve in curves.values()]) for take in (np.nanmin, np.nanmax))
         if least > 0 and largest / least >= LEAST_RATIO:
             log_axis(axes, "y")
-        axes.set_title(clip(names[detector], 40), loc="left")
+        axes.set_title(title, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handlelength=1.8)
     for axes in grid.flat[len(detectors) :]:

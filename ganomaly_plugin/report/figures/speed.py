@@ -6,7 +6,7 @@ import math
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.costs import cost_frame
-from ganomaly_plugin.report.figures.legend import clip, columns, drawn, marker_style
+from ganomaly_plugin.report.figures.legend import clipped, columns, drawn, marker_style
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, log_axis, new_figure
 from ganomaly_plugin.report.groups import Group
 
@@ -55,5 +55,5 @@ def _key(figure: object, group: Group, chosen: tuple[str, ...], names: dict[str,
         style = marker_style(group.colour(name), canvas.theme)
         face = "none" if k >= len(canvas.theme.colours) else style["color"]
         handles.append(Line2D([], [], linestyle="", markerfacecolor=face, **style))
-    texts = [clip(names[name]) for name in chosen]
+    texts = clipped([names[name] for name in chosen])
     figure.legend(handles, texts, loc="outside lower left", ncols=columns(texts, canvas.width), handlelength=1)  # type: ignore[attr-defined]

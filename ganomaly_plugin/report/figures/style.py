@@ -164,7 +164,7 @@ def log_axis(axes: Any, which: str) -> None:
         axes.set(**{f"{which}lim": (low, high)})
     subs = (1, 2, 5) if high / low < 15 else (1, 3) if high / low < 150 else (1,)
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=subs, numticks=5))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=4))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
