@@ -285,6 +285,7 @@ def test_plots_of_hardly_any_and_of_very_many(tmp_path: Path) -> None:
             for kind in ("roc", "pr", "bars", "histograms", "losses", "speed"):
                 drawing = FIGURES[kind].draw(there, Canvas())
                 assert text in drawing.caption
+                assert ("do not compare, for b (1 job missing)." in drawing.caption) == (folder == holes)
                 if folder == holes and kind == "roc":
                     texts = " ".join(each.get_text() for each in drawing.figure.legends[0].get_texts())
                     assert texts.count("missing") == 1 and "b (1 job missing)" in texts

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ganomaly_plugin.metrics import ROUNDING, deviation
-from ganomaly_plugin.report.figures.legend import LINE, clipped, remark
+from ganomaly_plugin.report.figures.legend import LINE, clipped, missing, remark
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
 
@@ -45,7 +45,10 @@ def binned(normal: np.ndarray, anomalous: np.ndarray, bins: int = BINS) -> tuple
 
 def histogram(group: Group, detector: str, canvas: Canvas) -> Drawing:
     """One detector's panel, for a page that says what all of them are."""
-    return replace(_draw(group, (detector,), canvas, ""), caption=f"{detector}: mean AUROC {group.mean(detector):.3f}")
+    return replace(
+        _draw(group, (detector,), canvas, ""),
+        caption=f"{detector}: mean AUROC {group.mean(detector):.3f}{missing(group, detector)}",
+    )
 
 
 def histograms(group: Group, canvas: Canvas) -> Drawing:

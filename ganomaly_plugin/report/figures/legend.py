@@ -24,9 +24,17 @@ def drawn(group: Group, most: int = DRAWN) -> tuple[tuple[str, ...], str]:
 
 
 def remark(group: Group, n: int, most: int) -> str:
-    """What a caption says when only the first `most` of `n` detectors are drawn, and of the names that the key shortens."""
+    """What a caption says when only the first `most` of `n` detectors are drawn, when some lack jobs, and of short names."""
     cut = f"The {most} with the highest mean AUROC of {n} detectors." if n > most else ""
-    return f"{cut} {group.common}".strip()
+    lacking = ", ".join(name + gap for name in group.detectors[:most] if (gap := missing(group, name)))
+    partial = f"Means are of fewer jobs, and do not compare, for {lacking}." if lacking else ""
+    return " ".join(text for text in (cut, partial, group.common) if text)
+
+
+def missing(group: Group, detector: str) -> str:
+    """` (3 jobs missing)`, or nothing where none is."""
+    n = group.missing(detector)
+    return f" ({n} job{'s' * (n > 1)} missing)" if n else ""
 
 
 def line_style(k: int, theme: Theme) -> dict[str, Any]:
@@ -61,8 +69,7 @@ def key(
     handles, texts = [], []
     for name, text in zip(detectors, clipped([names[name] for name in detectors]), strict=True):
         value = group.mean(name) if values is None else values[name]
-        missing = group.missing(name)
-        texts.append(f"{value:.3f}  {text}" + (f" ({missing} job{'s' * (missing > 1)} missing)" if missing else ""))
+        texts.append(f"{value:.3f}  {text}{missing(group, name)}")
         handles.append(Line2D([], [], **line_style(group.colour(name), theme)))
     made = axes.figure.legend(handles, texts, title=title, alignment="left", loc="outside lower left")
     made.get_title().set_fontsize(7)
