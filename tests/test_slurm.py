@@ -5,6 +5,7 @@ The second half runs with `pytest -m slurm tests/test_slurm.py tests/test_execut
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import signal
@@ -20,9 +21,13 @@ from sweeps import jobs, start, store_in, wait_for
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.executors import slurm, submissions
 from ganomaly_plugin.executors.slurm import check_slurm, minutes_of, private_folder
+from ganomaly_plugin.executors.slurm_node import Packed
 from ganomaly_plugin.executors.slurm_queue import Queued
 from ganomaly_plugin.executors.submissions import Submission, Submissions
+from ganomaly_plugin.runner import Settings, failure, run_chunk
 from ganomaly_plugin.store import Store
+
+LOST = functools.partial(failure, settings=Settings(device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,27 @@ def test_what_another_runner_submits_meanwhile_is_kept(tmp_path: Path, monkeypat
     assert executor._take_up([]) == []
     assert executor.submissions.all() == [replace(other, array="12")]
     assert [path.name for path in executor.folder.iterdir()] == [other.name]
+
+
+def test_jobs_that_slurm_has_no_room_for_are_told_beside_those_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = private_folder(tmp_path / "out", str(tmp_path / "private"))
+    executor = slurm.SlurmExecutor(store_in(tmp_path), LOST, private, slurm.Resources())
+    submitit = pytest.importorskip("submitit")
+    room = [[types.SimpleNamespace(job_id="7")]]
+
+    def submit_array(submitter: object, tasks: list[object]) -> list[object]:
+        if not room:
+            raise submitit.core.utils.FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+        return room.pop()
+
+    monkeypatch.setattr(submitit.SlurmExecutor, "submit_array", submit_array)
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda *_: 1)
+    monkeypatch.setattr(slurm, "largest_array", lambda: 1)
+    with pytest.raises(InvalidInput, match=r"not take 1 jobs.*Limit.*--limit.*SLURM keeps 1 jobs.*scancel 7"):
+        executor._submit([(job,) for job in jobs("pca", "mean_intensity")], {}, Packed.of(run_chunk))
+    assert [path.name for path in private.iterdir()] == [submission.name for submission in executor.submissions.all()]
 
 
 def test_runners_may_remove_the_folder_of_submissions_under_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,5 +209,6 @@ def test_cancelled_requeued_and_preempted(folder: Path) -> None:
 def test_what_slurm_refuses_is_one_line_before_any_work(folder: Path) -> None:
     refused = start(*words(folder, "0"), "--partition", "no-such", cwd=folder)
     _, stderr = refused.communicate(timeout=120)
-    assert refused.returncode == 2 and "SLURM did not take the jobs" in stderr and "partition" in stderr, stderr
+    assert refused.returncode == 2 and "SLURM did not take 1 jobs" in stderr and "partition" in stderr, stderr
     assert "Traceback" not in stderr and not (folder / "out" / "slurm").exists()
+    assert not list((folder / "private").iterdir())

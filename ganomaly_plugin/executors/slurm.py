@@ -234,9 +234,12 @@ class SlurmExecutor:
                 self.submissions.put(submission)
                 living.append(submission)
             elif submission.array is not None or self.submissions.age(submission) > _ON_ITS_WAY:
-                self.submissions.drop(submission)
-                shutil.rmtree(self.folder / submission.name, ignore_errors=True)
+                self._forget(submission)
         return living
+
+    def _forget(self, submission: Submission) -> None:
+        self.submissions.drop(submission)
+        shutil.rmtree(self.folder / submission.name, ignore_errors=True)
 
     def _submit(self, chunks: Sequence[Chunk], before: dict[str, str], run: Packed) -> None:
         size = largest_array() if chunks else 1
@@ -269,8 +272,10 @@ class SlurmExecutor:
             submitter.update_parameters(job_name=submission.name, **self.resources.for_submitit())
             submitted = submitter.submit_array(tasks)
         except (FailedJobError, FailedSubmissionError, ValueError, TypeError, OSError, subprocess.SubprocessError) as error:
-            self.submissions.drop(submission)
-            raise InvalidInput(f"SLURM did not take the jobs: {one_line(error)}") from error
+            self._forget(submission)
+            why = f"SLURM did not take {len(keys)} jobs: {one_line(error).rstrip('.')}"
+            todo = "Mend that, or give it fewer at a time (--limit); the same command goes on from there."
+            raise InvalidInput(" ".join(filter(None, (f"{why}. {todo}", self.parting)))) from error
         submission = replace(submission, array=submitted[0].job_id.partition("_")[0])
         self.submissions.put(submission)
         now = time.monotonic()
