@@ -118,6 +118,20 @@ def test_jobs_that_slurm_has_no_room_for_are_told_beside_those_that_it_has(
     assert [path.name for path in private.iterdir()] == [submission.name for submission in executor.submissions.all()]
 
 
+def test_what_slurm_forgets_before_it_begins_is_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = slurm.SlurmExecutor(store_in(tmp_path), LOST, tmp_path / "private", slurm.Resources())
+    monkeypatch.setattr(slurm, "how_it_ended", lambda task: ("UNKNOWN", "?"))
+    chunk = tuple(jobs("pca"))
+    submission = replace(Submission.of([chunk], {}), array="7")
+    watched = slurm._Watched(submission, "7", chunk, list(chunk), 0.0)
+    assert executor._settle(watched) == ([chunk], [])
+    log = executor.folder / submission.name / "7_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("Killed\n")
+    again, (failed,) = executor._settle(watched)
+    assert not again and "UNKNOWN, exit code ?; Killed" in (failed.record.error or "")
+
+
 def test_runners_may_remove_the_folder_of_submissions_under_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered, submission, calls = Submissions(tmp_path), Submission.of([tuple(jobs("pca"))], {}), []
     remembered.drop(submission)

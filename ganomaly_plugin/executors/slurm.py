@@ -307,8 +307,10 @@ class SlurmExecutor:
 
     def _settle(self, watched: _Watched) -> tuple[list[Chunk], list[Outcome]]:
         state, code = how_it_ended(watched.task)
+        words = self._last_line(watched)
         final, node = state in ("CANCELLED", "DEADLINE", "TIMEOUT"), state in ("BOOT_FAIL", "NODE_FAIL", "PREEMPTED")
-        line = "" if final or node else self._last_line(watched)
+        node |= state == "UNKNOWN" and not words  # SLURM has lost it before it began
+        line = "" if final or node else words
         why = f"its SLURM task ended without a result: {state}, exit code {code}{f'; {line}' if line else ''}"
         seconds = time.monotonic() - watched.since
         return self.tries.settle(watched.chunk, watched.left, why, seconds, final=final, node=node)
