@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +56,15 @@ def test_pickles_stay_in_a_private_folder_outside_the_results(tmp_path: Path, mo
         private_folder(tmp_path / "out", None)
 
 
-def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path) -> None:
+def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = jobs("pca", "mean_intensity", "ae[features=2]")
     remembered = Submissions(tmp_path)
     one, other = Submission.of([(first, second), (third,)], {first.key: "0123"}), Submission.of([(third,)], {})
     for submission in (one, other):
         remembered.put(submission)
     assert {each.name: each for each in remembered.all()} == {one.name: one, other.name: other} and one.tasks() == []
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # another machine's clock, which the files' are not held to
+    assert 0 <= remembered.age(one) < 600
     queue = [Queued("12_0", one.name), Queued("12_1", one.name), Queued("13", other.name), Queued("14", "another")]
     assert one.found_in(queue).tasks() == ["12_0", "12_1"] and other.found_in(queue).tasks() == ["13"]
     assert one.found_in(queue[3:]) == one

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from ganomaly_plugin.core import Chunk
 from ganomaly_plugin.executors.slurm_queue import Queued
-from ganomaly_plugin.files import atomic_write
+from ganomaly_plugin.files import atomic_write, time_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Submissions:
     def age(self, submission: Submission) -> float:
         """Seconds since it was last put; infinite when another runner has dropped it."""
         try:
-            return time.time() - self._path(submission).stat().st_mtime
+            return time_of(self.folder) - self._path(submission).stat().st_mtime
         except FileNotFoundError:
             return math.inf
 
