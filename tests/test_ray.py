@@ -5,6 +5,7 @@ The second half runs with `pytest -m ray tests/test_ray.py tests/test_executors.
 
 from __future__ import annotations
 
+import io
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ import pytest
 from sweeps import start, wait_for
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.executors.ray_cluster import check_address, connect
+from ganomaly_plugin.executors.ray_cluster import check_address, connect, work
 from ganomaly_plugin.store import Store
 
 
@@ -31,6 +32,14 @@ def test_an_address_where_nobody_answers() -> None:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(InvalidInput, match=r"No Ray cluster answers at 127\.0\.0\.1:.*ray start --head"):
             check_address(f"127.0.0.1:{free.getsockname()[1]}")
+
+
+def test_what_a_task_prints_does_not_fail_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    printed = work(lambda chunk: [print("\udcff", file=sys.stderr)], (), str(tmp_path), [])
+    assert list(printed) == [None, None]
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

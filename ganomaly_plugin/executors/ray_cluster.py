@@ -16,6 +16,7 @@ from typing import Any
 from ganomaly_plugin.core import Chunk, Job, Outcome
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.executors.tries import Lost, Tries
+from ganomaly_plugin.streams import mend_streams
 
 _LOOK = 0.5  # seconds between looks at the clock
 _REACH = 10.0  # seconds for the head of a cluster to answer at all
@@ -75,6 +76,7 @@ def work(run: Callable[[Chunk], Iterable[Outcome]], chunk: Chunk, folder: str, c
     with contextlib.suppress(OSError):  # relative paths mean the same where the driver's folder is there too
         os.chdir(folder)
     sys.argv = command  # what the records tell of
+    mend_streams()
     yield None
     yield from run(chunk)
 
