@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin import __version__
+from ganomaly_plugin.escape import storable
 
 _PACKAGES = ("torch", "torchvision", "lightning", "anomalib", "scikit-learn", "numpy", "pandas", "jsonargparse")
 #: For bug reports only: no result is theirs.
@@ -73,7 +74,7 @@ def without_folders(word: str) -> str:
             return match[1] + str(path.relative_to(Path.cwd()))
         return f"{match[1]}…/{path.name}"
 
-    return re.sub(r"(^|[=:,\[])(/(?!/)[^,\]]*)", shorten, word)
+    return storable(re.sub(r"(^|[=:,\[])(/(?!/)[^,\]]*)", shorten, word))
 
 
 def environment(device: str) -> dict[str, Any]:

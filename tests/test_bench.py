@@ -644,6 +644,14 @@ def test_a_record_names_no_folders_of_its_machine(word: str, kept: str) -> None:
     assert provenance.without_folders(str(Path.cwd() / "out" / "x")) == "out/x"
 
 
+def test_a_folder_whose_name_is_no_utf8_takes_results(tmp_path: Path, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "--models", "pca", "--datasets", "digits", "--classes", "0", "--out", str(tmp_path / "out\udcff")]
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    assert bench(*words)[0] == 0
+    assert Store(words[-1]).records()[0].environment["command"][-1] == "…/out\\udcff"
+    assert bench("report", words[-1])[0] == 0
+
+
 def test_a_record_tells_of_an_edited_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "ganomaly_plugin"
     package.mkdir()
