@@ -60,6 +60,8 @@ class CodePairDiscriminator(nn.Module):
 class AladRecipe(Recipe):
     """ALAD's networks, losses and score.
 
+    # Differs: 100 epochs; the authors' code leaves the number to the user, and can stop early by the score of held-out images.
+
     Args:
         features: Channels after the first convolution of E, G and D_xz; D_xx has half as many (authors: 128 and 64).
         latent_dim: Length of z.
@@ -98,8 +100,9 @@ class AladRecipe(Recipe):
     def build(self, chw: tuple[int, int, int]) -> dict[str, nn.Module]:
         """`encoder`, `generator`, `d_xz`, `d_xx` and `d_zz`.
 
-        # Differs: the first convolution of DCGAN's encoder has no BatchNorm, the authors' has one; weights start from
-        N(0, 0.02), the authors' from N(0, 0.01).
+        # Differs: the first convolution of DCGAN's encoder has no BatchNorm, the authors' has one; D_xz has one layer on z,
+        the authors' two; weights start from N(0, 0.02), the authors' from N(0, 0.01); BatchNorm's epsilon and momentum are
+        torch's (1e-5, 0.1), the authors' TensorFlow's (1e-3, 0.01).
         """
         check_square(chw)
         channels, side, _ = chw

@@ -100,7 +100,8 @@ class EgbadRecipe(Recipe):
         """`encoder`, `generator` and `discriminator`.
 
         # Differs: the authors' encoder and generator are for 28×28 (3×3 convolutions of 32, 64, 128; dense layers of
-        1024 and 7·7·128); here they are DCGAN's, for any side.
+        1024 and 7·7·128); here they are DCGAN's, for any side. BatchNorm's epsilon and momentum are torch's (1e-5, 0.1), the
+        authors' TensorFlow's (1e-3, 0.01).
         """
         check_square(chw)
         channels, side, _ = chw

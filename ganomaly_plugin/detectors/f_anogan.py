@@ -103,7 +103,8 @@ class FAnoganRecipe(Recipe):
         """`generator`, `critic` and `encoder`.
 
         # Differs: the authors' networks are residual ones for 64×64 (4 blocks each); here they are DCGAN's, for any
-        side, with layer norm in the critic as in the authors' code.
+        side, with layer norm in the critic as in the authors' code. BatchNorm's epsilon and momentum are torch's (1e-5, 0.1),
+        the authors' TensorFlow's (1e-3, 0.01).
         """
         check_square(chw)
         channels, side, _ = chw
@@ -120,7 +121,8 @@ class FAnoganRecipe(Recipe):
         adam = Optimiser(self.lr, self.betas)
         critic = Phase("critic", ("critic",), self._critic_phase, adam)
         generator = Phase("generator", ("generator",), self._generator_phase, adam, every=self.critic_steps)
-        # Differs: torch's RMSprop forgets with 0.99 and starts from zero, TensorFlow's with 0.9 and from one.
+        # Differs: torch's RMSprop forgets with 0.99, starts from zero and adds 1e-8 to the root; TensorFlow's forgets with
+        # 0.9, starts from one and adds 1e-10 below it.
         encoder = Phase("encoder", ("encoder",), self._encoder_phase, Optimiser(self.lr_encoder, kind="rmsprop"))
         return (Stage("wgan", (critic, generator)), Stage("encoder", (encoder,)))
 
