@@ -362,7 +362,7 @@ def test_nowhere_to_print_is_no_failure(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("ganomaly", ["detectors:\n  ganomaly  GANomaly", "epochs=15\n", "betas=[0.5, 0.999]\n      Adam's", "select=last\n"]),
         ("f_anogan", ["features=64\n      Channels"]),
-        ("ganomaly_plus", ["epochs=None\n", "steps=200\n"]),
+        ("ganomaly_plus", ["epochs=None\n", "steps=200\n", "lr=0.0002\n      As GANomaly's."]),
         ("anomalib:Padim", ["options, as in anomalib:Padim[image_size=…]:", "backbone=resnet18\n"]),
         ("folder:", ["options, as in folder:NAME[image_size=…]:", "fit=crop\n", "rest black."]),
         ("odd_options:Required", ["size, which has no default"]),
@@ -370,7 +370,7 @@ def test_nowhere_to_print_is_no_failure(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_ls_shows_the_options_of_one_name(bench, name: str, words: list[str]) -> None:
     code, out, _ = bench("ls", name)
-    assert code == 0 and all(word in out for word in words), out
+    assert code == 0 and all(word in out for word in words) and out.count("options, as in") == 1, out
     for each in re.findall(r"^  (\w+=\S.*)$", out, re.MULTILINE):  # as they can be given
         assert ":" in name or parse_selection(f"{name}[{each}]", "model").options
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ganomaly_plugin.core import Job, RunRecord
 from ganomaly_plugin.estimate import clock, job_left, sweep_left
-from ganomaly_plugin.live import LiveView
+from ganomaly_plugin.live import LiveView, shortened
 from ganomaly_plugin.progress import describe, status_folder
 from ganomaly_plugin.runner import Plan, Settings, run_chunk
 from ganomaly_plugin.status import Board, JobStatus, Status, here
@@ -123,8 +123,53 @@ def test_hundreds_of_cells_become_rows(tmp_path: Path, width: int, height: int) 
         assert re.search(r"\bdetector01 +mnist? +10/30 +12 +0.900", text)  # what is at work comes first
 
 
+class Told:
+    """A board that says what it is told to."""
+
+    running: dict[str, Status] = {}
+
+    def read(self, slugs: object) -> dict[str, Status]:
+        return self.running
+
+
+def test_the_view_counts_workers_and_lets_go_of_what_is_done() -> None:
+    jobs, board, file = [job("ganomaly", str(c)) for c in range(4)], Told(), io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, height=24, color_system=None)
+    view = LiveView(Plan(jobs, jobs, [], [], []), board, console)  # type: ignore[arg-type]
+    for count in (1, 2, 0):
+        board.running = {each.slug: at_work(0, 1) for each in jobs[:count]}
+        view.render()
+    assert view.workers == 2  # between two jobs a worker is none less
+    view.add(RunRecord(jobs[0], "failed", error="no luck", seconds={"total": 9.0}))
+    view.add(done(jobs[1], 0.9))
+    assert [its for its, _ in view.took] == [jobs[1]]  # a failure says nothing of how long a job takes
+    board.running = {jobs[1].slug: at_work(0, 4)}  # its file is not gone yet
+    console.print(view.render())
+    assert "2/4 jobs" in file.getvalue() and "running" not in file.getvalue()
+
+
+def test_running_jobs_are_the_oldest_ones(tmp_path: Path) -> None:
+    jobs = [job("ganomaly", "0", seed) for seed in range(12)]
+    lines = picture(jobs, [], {each.slug: at_work(1000 + each.seed, 1) for each in reversed(jobs)}, tmp_path, 100, 40)
+    assert [line.split("s", 2)[2].split()[0] for line in lines if " · s" in line] == list("01234567")
+    assert lines[-1].strip() == "… and 4 more"
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    part = {"data": {"image_size": 16, "category": "[b]ottle"}, "category": "anomaly"}
+    jobs = [replace(job("vae", dataset="[i]mages"), label=f"vae[latent_dim={k}]", hparams={"k": k}, **part) for k in range(9)]
+    endless = replace(at_work(1090, 1), total=None)
+    cells = picture(jobs, [], {jobs[0].slug: endless}, tmp_path, 140, 40)
+    assert cells[2].split() == ["AUROC", "[b]ottle"] and cells[3].split() == ["vae[latent_dim=0]", "▶"]
+    assert cells[-1].split()[:7] == ["vae[latent_dim=0]", "·", "[i]mages", "·", "[b]ottle", "·", "s0"]
+    rows = picture(jobs, [], {}, tmp_path, 80, 10)
+    assert rows[2].split()[:2] == ["vae[latent_dim=0]", "[i]mages"]
+    assert shortened("vae[latent_dim=0]", 3) == "vae[lat…" and shortened("pca", 3) == "pca"
+
+
 def test_what_is_left_by_hand() -> None:
     a, b = job("a"), job("b")
+    assert job_left(at_work(20, 0), 25.0, now=10) == 25 and job_left(at_work(0, 0), 5.0, now=10) == 0  # clocks differ; overdue
     assert job_left(at_work(0, 1), None, now=10) == 30 and job_left(at_work(0, 0), 25.0, now=10) == 15
     assert job_left(at_work(0, 4), 25.0, now=10) == 15  # trained, and scoring
     assert sweep_left([a], [], [], 1, now=0) is None
