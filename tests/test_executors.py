@@ -26,7 +26,7 @@ from ganomaly_plugin.claims import Claims, is_alive
 from ganomaly_plugin.core import Chunk, Executor, Outcome
 from ganomaly_plugin.detectors.mean_intensity import MeanIntensity
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.executors import local, worker
+from ganomaly_plugin.executors import local, ray_cluster, worker
 from ganomaly_plugin.executors.choose import Where, make_executor
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots, worker_threads
@@ -415,6 +415,15 @@ def test_claims_of_the_living_hold_and_those_of_the_dead_do_not(tmp_path: Path) 
         os.utime(path, (time.time() - 600,) * 2)
         assert mine.take(job)
     assert not (tmp_path / "claims").exists()
+
+
+def test_what_a_ray_task_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "RayExecutor", lambda address, lost, **options: (address, options))
+    asked = Where(executor="ray", address="a:1", cpus_per_job=0.0, gpus_per_job=0.25, timeout=9.0, retries=2)
+    wanted = ("a:1", {"cpus": 0.0, "gpus": 0.25, "timeout": 9.0, "retries": 2})  # no processor beside the GPU's share
+    assert make_executor(asked, LOST, store_in(tmp_path)) == wanted
+    usual = (None, {"cpus": 1.0, "gpus": 0.0, "timeout": None, "retries": 0})
+    assert make_executor(Where(executor="ray", retries=0), LOST, store_in(tmp_path)) == usual
 
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:

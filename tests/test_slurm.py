@@ -20,7 +20,8 @@ import pytest
 from sweeps import jobs, start, store_in, wait_for
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.executors import slurm, submissions
+from ganomaly_plugin.executors import slurm, slurm_queue, submissions
+from ganomaly_plugin.executors.choose import Where
 from ganomaly_plugin.executors.slurm import check_slurm, minutes_of, private_folder
 from ganomaly_plugin.executors.slurm_node import Packed
 from ganomaly_plugin.executors.slurm_queue import Queued
@@ -51,9 +52,41 @@ def test_pickles_stay_in_a_private_folder_outside_the_results(tmp_path: Path, mo
     assert made == tmp_path / "cache" / "ganomaly_plugin" / "slurm" and made.stat().st_mode & 0o777 == 0o700
     with pytest.raises(InvalidInput, match="must not be inside the results folder"):
         private_folder(tmp_path / "out", str(tmp_path / "out" / "slurm"))
-    made.chmod(0o777)
-    with pytest.raises(InvalidInput, match="can be written by others"):
-        private_folder(tmp_path / "out", None)
+    for others in (0o777, 0o770, 0o702):
+        made.chmod(others)
+        with pytest.raises(InvalidInput, match="can be written by others"):
+            private_folder(tmp_path / "out", None)
+
+
+def test_what_a_task_asks_for() -> None:
+    asked = {"partition": "gpu", "time": "1:30:00", "memory": "8G", "cpus_per_job": 3.0, "gpus_per_job": 2.0, "max_parallel": 4}
+    told = Where(executor="slurm", retries=0, sbatch="qos=a", **asked).resources().for_submitit()
+    assert told.pop("additional_parameters") == {"requeue": True, "qos": "a"}
+    names = ("partition", "time", "mem", "cpus_per_task", "gpus_per_node", "array_parallelism")
+    assert [told[name] for name in names] == ["gpu", 90, "8G", 3, 2, 4]
+    told = Where(executor="slurm").resources().for_submitit()
+    assert [told[name] for name in names] == [None] * 5 + [256]
+
+
+def test_what_slurm_says_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, str] = {}
+    monkeypatch.setattr(slurm_queue, "_ask", lambda *words: said.get(words[0]))
+    assert slurm_queue.queue() is None and slurm_queue.largest_array() == 1000
+    assert slurm_queue.how_it_ended("12") == ("UNKNOWN", "?")
+    said |= {"squeue": "12|N/A|bench-a\n13|4|bench-b|c\n", "scontrol": "MaxArraySize = 51\nJobState=TIMEOUT ExitCode=0:15"}
+    assert slurm_queue.queue() == [Queued("12", "bench-a"), Queued("13_4", "bench-b|c")]
+    assert slurm_queue.largest_array() == 50 and slurm_queue.how_it_ended("12") == ("TIMEOUT", "0:15")
+    said["sacct"] = "NODE_FAIL|1:0\nCANCELLED by 1000|0:9\n"  # it was queued again
+    assert slurm_queue.how_it_ended("12") == ("CANCELLED", "0:9")
+
+
+def test_a_task_has_ended_when_slurm_has_not_named_it_twice_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = slurm.SlurmExecutor(store_in(tmp_path), lambda *_: None, tmp_path / "private", slurm.Resources())  # type: ignore
+    chunk = tuple(jobs("pca"))
+    executor._watched = [slurm._Watched(Submission.of([chunk], {}), "12", chunk, list(chunk), 0.0)]
+    answers = iter([[], [Queued("12", "bench-a")], [], None, []])
+    monkeypatch.setattr(slurm, "queue", lambda: next(answers))
+    assert [len(executor._ended()) for _ in range(5)] == [0, 0, 0, 0, 1]
 
 
 def test_submissions_are_remembered_and_damaged_ones_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
