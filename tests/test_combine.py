@@ -83,6 +83,10 @@ def test_other_splits_never_go_together(tmp_path: Path, bench) -> None:
         fill(tmp_path / name, [altered(source, notes={"data": data}, split_digest=digest) for source in sources])
     code, _, stderr = bench("merge", tmp_path / "old", tmp_path / "new", "--out", tmp_path / "both")
     assert code == 2 and stderr.count("made from different images") == 1 and not (tmp_path / "both").exists()
+    for name, detector in (("here", "a"), ("there", "b")):  # one pair of records, and two reasons
+        fill(tmp_path / name, [altered(outcome(detector), notes={"data": name}, split_digest=name)])
+    code, _, stderr = bench("merge", tmp_path / "here", tmp_path / "there", "--out", tmp_path / "both")
+    assert code == 2 and stderr.count("made from different") == 1
     fill(tmp_path / "three", [altered(outcome("a"), split_digest="other")])
     code, stdout, _ = bench("diff", tmp_path / "one", tmp_path / "three")
     assert code == 1 and "not comparable: 1" in stdout and "other splits" in stdout

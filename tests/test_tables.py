@@ -115,6 +115,14 @@ def test_a_csv_has_no_two_columns_of_one_name() -> None:
     assert [row[header.index(name)] for name in (MEAN, "x", "class x_std", "class x_n")] == ["0.4", "0.1", "0.2", "0.3"]
 
 
+def test_no_two_columns_of_a_frame_or_table_share_a_name() -> None:
+    records = [outcome("a", category).record for category in ("mean", "class mean", "x")]
+    frame = runs_frame(replace(each, metrics={**each.metrics, "seed": 7.0, "category": 1.0}) for each in records)
+    assert set(frame["seed"]) == {0} and "category" not in frame
+    (table,) = make_tables(frame, ("auroc",))
+    assert table.columns == ("class class mean", "class mean", "x", MEAN)
+
+
 def test_json_has_no_number_that_is_none() -> None:
     text = to_json([made({"a": {"x": Cell(0.5, math.nan, 1, 1), "y": NOTHING}})])
     assert "NaN" not in text
