@@ -101,6 +101,14 @@ def test_the_area_under_a_mean_curve_is_the_mean_area() -> None:
     assert precision_at(truth, score)[[0, 50, 51, 100]].tolist() == [1, 1, 2 / 3, 2 / 3]
 
 
+def test_a_mean_with_missing_jobs_is_that_of_the_curves(tmp_path: Path) -> None:
+    made = [outcome(d, str(c), s) for d in "ab" for c in range(2) for s in range(2)]
+    (group,) = groups(load_results(fill(tmp_path / "out", made[:-1]).folder))  # one seed of b has both classes
+    assert group.mean("a") == group.table.cells["a"]["mean"].mean and group.table.cells["b"]["mean"].n == 1
+    assert group.mean("b") == pytest.approx(np.mean([each.record.metrics["auroc"] for each in made[4:7]]))
+    assert group.missing("b") == 1 and [record.job.seed for record in group.jobs("b")] == [0, 1, 0]
+
+
 def test_histograms_lose_no_image() -> None:
     rng = np.random.default_rng(0)
     edges, normal, anomalous = binned(rng.normal(size=500), np.r_[rng.normal(3, 1, 99), 1e6])
