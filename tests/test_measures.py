@@ -160,6 +160,9 @@ def test_published_numbers_stand_beside_and_take_no_part(tmp_path: Path, bench) 
     assert table.average_ranks() == plain[0].average_ranks() and table.ranks("mean") == plain[0].ranks("mean")
     by_label = {reference.label: reference for reference in table.references}
     assert dict(by_label["GANomaly (published)"].values) == {"bird": 0.510, "frog": 0.683}
+    assert "pixels" not in by_label["GANomaly (published)"].source
+    (larger,) = against_published([replace(table, where=(table.where[0], '{"image_size":64}', "{}"), references=())])
+    assert all(", at 32 pixels, epoch: " in reference.source for reference in larger.references)
     code, out, err = bench("tables", store.folder, "--against", "published", "--metrics", "auroc")
     assert code == 0, err
     assert "Skip-GANomaly (published)" in out and "0.931" in out and "recalled" in out and "take no part in ranks" in out

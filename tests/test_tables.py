@@ -73,6 +73,8 @@ def test_who_competes_and_for_what() -> None:
     assert not Cell(math.nan, math.nan, 0, 0).complete
     shared = made({"a": {"x": 0.9}, "b": {"x": 0.9}, "c": {"x": 0.8}})
     assert shared.ranks("x") == ({"a", "b"}, set())  # nobody is second to two that are first
+    close = made({"a": {"x": 0.9001, MEAN: 0.9}, "b": {"x": 0.9004, MEAN: 0.9}, "c": {"x": 0.91, MEAN: 0.9}})
+    assert close.average_ranks() == {"a": 2.5, "b": 2.5, "c": 1.0}  # as they are shown, to three decimals
     alone = made({"a": {"x": 0.9, MEAN: 0.9}, "b": {"x": NOTHING, MEAN: NOTHING}})
     assert alone.average_ranks() == {} and "rank" not in to_text([alone])
 
