@@ -23,13 +23,13 @@ from ganomaly_plugin import load_results
 from ganomaly_plugin.core import Outcome
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures import FIGURES
-from ganomaly_plugin.report.figures.curves import GRID, precision_at, roc_at
+from ganomaly_plugin.report.figures.curves import GRID, precision_at, precision_recall, roc_at
 from ganomaly_plugin.report.figures.epochs import choices, epochs, table
 from ganomaly_plugin.report.figures.histograms import binned, standardised
 from ganomaly_plugin.report.figures.legend import clipped, columns
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
-from ganomaly_plugin.report.figures.sheets import FRAME, sheets
+from ganomaly_plugin.report.figures.sheets import FRAME, by_class, sheets
 from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, log_axis, new_figure, save, styled
 from ganomaly_plugin.report.groups import groups, short_names
 from ganomaly_plugin.report.statistics import friedman
@@ -109,6 +109,18 @@ def test_a_mean_with_missing_jobs_is_that_of_the_curves(tmp_path: Path) -> None:
     assert group.missing("b") == 1 and [record.job.seed for record in group.jobs("b")] == [0, 1, 0]
 
 
+def test_chance_is_that_of_each_class_whoever_was_tested_on_it(tmp_path: Path) -> None:
+    made = []
+    for detector, classes in (("a", "01"), ("b", "0")):
+        for its in (outcome(detector, category) for category in classes):
+            normal = 30 if its.record.job.category == "0" else 270
+            counts = {**its.record.counts, "test_normal": normal, "test_anomalous": 30}
+            made.append(replace(its, record=replace(its.record, counts=counts)))
+    (group,) = groups(load_results(fill(tmp_path / "out", made).folder))
+    with styled(PAPER):
+        assert "dotted: chance, 0.30." in precision_recall(group, Canvas()).caption
+
+
 def test_histograms_lose_no_image() -> None:
     rng = np.random.default_rng(0)
     edges, normal, anomalous = binned(rng.normal(size=500), np.r_[rng.normal(3, 1, 99), 1e6])
@@ -121,6 +133,8 @@ def test_histograms_take_no_rounding_for_a_scale() -> None:
     assert arrays["reference_score"].std() > 0
     group = SimpleNamespace(jobs=lambda detector: [None], arrays=lambda record: arrays)
     assert standardised(group, "any")[1] == pytest.approx([0.5])
+    arrays["reference_score"] = np.array([0.1] * 9 + [10.1])  # most alike, and yet they have a scale
+    assert standardised(group, "any")[1] == pytest.approx([0.5 / 3])
 
 
 def test_short_names_keep_what_tells_detectors_apart() -> None:
@@ -192,6 +206,10 @@ def test_epoch_choice_by_hand(tmp_path: Path, bench) -> None:
     np.testing.assert_allclose(choice.by_epoch, [0.6, 0.75, 0.75])
     _, out, _ = bench("plot", "epochs", store.folder, "--out", tmp_path / "e.svg")
     assert "| 2 | 0.750 | 0.800 | +0.050 |" in out
+    late = fill(tmp_path / "late", [with_oracle(outcome("a"), 0.1, 0.8, 0.9)]).folder
+    with styled(PAPER):
+        (axes,) = epochs(groups(load_results(late)), Canvas()).figure.axes
+    assert axes.get_ylim()[0] > 0.7  # the first third, which would flatten the rest, has no say
     plain = fill(tmp_path / "plain", [outcome("a")]).folder
     code, _, err = bench("plot", "epochs", plain, "--out", tmp_path / "e.svg")
     assert code == 2 and "No job here noted" in err
@@ -228,6 +246,8 @@ def test_sheets_show_truth_and_score(sweep: Path) -> None:
     assert [sheet.kind for sheet in made] == ["most anomalous", "least anomalous", "missed anomalies", "false alarms"]
     assert made[0].score.max() == arrays["score"].max() and made[0].rows == ("input", "reconstruction", "map")
     assert made[0].pixels.shape == (3 * (8 + FRAME) + FRAME, 2 * (8 + FRAME) + FRAME, 3)
+    firsts = by_class(group, group.detectors[0])
+    assert {name: its.job.seed for name, its in firsts.items()} == {"0": 0, "1": 0, "2": 0}
 
 
 def test_critical_difference_of_demsars_example(tmp_path: Path, bench) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from test_results import failed
 
 from ganomaly_plugin import load_results
 from ganomaly_plugin.report import page as page_module
+from ganomaly_plugin.report.comparisons import compare
 from ganomaly_plugin.report.figures.sheets import png
 from ganomaly_plugin.report.groups import groups
 from ganomaly_plugin.report.html import report_html, write_report
@@ -131,6 +133,19 @@ def test_sample_images_keep_to_their_budget(tmp_path: Path) -> None:
     some, left = page_module.examples(group, [6 * used // 10])  # the first class of all detectors, then the next
     assert left == 3 and [[each.category for each in mine] for mine in some.values()] == [["0", "1"], ["0"]]
     assert page_module.examples(group, [0]) == ({}, 6)
+
+
+@pytest.mark.parametrize("leader", ["a", "b"])
+def test_the_verdict_counts_the_classes_of_the_leader(tmp_path: Path, leader: str) -> None:
+    made = []
+    for name in "ab":
+        for k in range(6):
+            its = outcome(name, str(k))
+            value = 0.6 if name != leader else 0.7 if k else 0.5
+            made.append(replace(its, record=replace(its.record, metrics={**its.record.metrics, "auroc": value})))
+    (group,) = groups(load_results(fill(tmp_path / "out", made).folder))
+    verdict = page_module._verdict(group, compare(group.results.store, group.records, group.table, {}))
+    assert verdict[1].startswith("it is better in 5 of 6 classes (Wilcoxon, Holm: p = ")
 
 
 def test_pages_of_hardly_any_results(tmp_path: Path, bench) -> None:
