@@ -65,8 +65,9 @@ def check_known(kind: str, name: object, known: Collection[str], *, todo: str = 
 def unknown(kind: str, name: object, known: Iterable[str], *, todo: str = "") -> InvalidInput:
     """The error for a name that is not among `known`, with the nearest known name first."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
     rest = f" {todo}" if todo else ""
     parts = str(name).split()
     if len(parts) > 1 and set(parts) <= set(names):
