@@ -20,8 +20,6 @@ from ganomaly_plugin.selection import split_list, unquoted
 from ganomaly_plugin.streams import mend_streams
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
 _TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -93,9 +91,7 @@ def _add_run(parser: Any) -> None:
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
     parser.add_argument("--device", type=str, help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--trainer", type=str, help="auto, plain, compiled; stacked: seeds and classes in one; or stacked-WAY")
-    parser.add_argument(
-        "--cuda_graphs", "--cuda-graphs", type=bool, default=True, help="GPU stacks replay steps (default: true)"
-    )
+    parser.add_argument("--cuda_graphs", "--cuda-graphs", type=bool, default=True, help="replay steps on a GPU (default: true)")
     parser.add_argument("--stack", type=int, help="models trained together at most (default: 64, or what the memory holds)")
     parser.add_argument("--executor", type=str, help="local: in worker processes (default); inline: in this one; ray; slurm")
     parser.add_argument("--workers", type=int, help="worker processes (default: 1)")
@@ -179,7 +175,7 @@ def _add_test(parser: Any) -> None:
 
 
 def _add_data(parser: Any) -> None:
-    parser.add_argument("action", choices=["ls", "check", "get"], help="what to do")
+    parser.add_argument("action", choices=["ls", "check", "get"], help="ls, check or get")
     parser.add_argument("datasets", nargs="*", type=str, help="names with [options]; ls shows all without one")
     parser.add_argument("--data_root", "--data-root", type=str, help="folder of data sets ($GANOMALY_DATA_ROOT, ./datasets)")
 
@@ -193,9 +189,7 @@ def _add_verify(parser: Any) -> None:
 def _add_speed(parser: Any) -> None:
     parser.add_argument("--models", type=listed, default=["ganomaly"], help="detectors: ganomaly,ae,vae[latent_dim=2]")
     parser.add_argument("--trainers", type=names, default=["plain"], help="trainers, side by side")
-    parser.add_argument(
-        "--peers", type=names, help="authors, anomalib or none: GANomaly as others have it (default: authors, beside ganomaly)"
-    )
+    parser.add_argument("--peers", type=names, help="authors, anomalib or none, beside ganomaly (default: authors)")
     parser.add_argument("--measure", type=names, default=["training", "scoring"], help="what to time: training, scoring")
     parser.add_argument("--jobs", type=int, default=1, help="models at once, for trainers that train several")
     parser.add_argument("--image_size", "--image-size", type=int, default=32, help="side in pixels")
@@ -224,10 +218,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),
-    "speed": (
-        _add_speed,
-        "time training and scoring beside peers, and count memory and FLOPs",
-    ),
+    "speed": (_add_speed, "time training and scoring beside peers, and count memory and FLOPs"),
     "sys-info": (_add_sys_info, "print versions, hardware and commit, for a bug report"),
 }
 
@@ -281,8 +272,12 @@ def parse(words: Sequence[str]) -> Any:
             _check_config(Path(path))
         # Behind the command: the parser lets the later word win, wherever a config stood.
         arguments = build_parser().parse_args([*others[:1], *(f"--config={path}" for path in configs), *others[1:]])
+        options = arguments[arguments.command]
         if configs:
-            _check_flags(arguments.command, arguments[arguments.command])
+            _check_flags(arguments.command, options)
+        for name in ("out", "slurm_folder"):  # no shell has seen the ~ of a config, or of --out=~/x
+            if options.get(name):
+                options[name] = os.path.expanduser(options[name])  # noqa: PTH111 - leaves ~nobody as it is
         return arguments
     except (ArgumentError, BenchError, RecursionError, OSError):
         raise
@@ -377,6 +372,12 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
     if wrong:
         quotes = " Put it in quotes: YAML reads 1:30:00 as a number, and yes as true." if wrong[2] == "str" else ""
         return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}.{quotes}"
+    missing = re.search(r"Option '\w+\.(\w+)' is required", text)
+    if missing and command:
+        actions = _options_of(command)
+        name = next(iter(actions)) if actions[missing[1]].nargs == "*" else missing[1]  # what may be left out is not missing
+        action = actions[name]
+        text = f"bench {command} wants {''.join(action.option_strings[:1]) or name.upper()}: {action.help}"
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."
 
 
@@ -385,6 +386,8 @@ def _of_stray(stray: str, command: str, words: Sequence[str], actions: dict[str,
     said = f"bench {command} cannot place {stray!r}."
     place = next((k for k, word in enumerate(words) if k and word == stray and not words[k - 1].startswith("-")), 0)
     at = next((k for k in range(place, 0, -1) if words[k].startswith("--")), None)
+    if "config" in actions and stray.endswith((".yaml", ".yml")):
+        return f"{said} A config stands behind --config: bench {command} --config {stray}."
     if at is None:
         return f"{said} Write options as --NAME VALUE; see bench {command} --help."
     option, _, first = words[at].partition("=")

@@ -22,6 +22,7 @@ from ganomaly_plugin import provenance
 from ganomaly_plugin.cli import COMMANDS, main
 from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job, Outcome, RunRecord
+from ganomaly_plugin.datasets.base import data_root
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import latex_escape
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
@@ -219,6 +220,12 @@ def test_config_file_with_the_command_line_on_top(bench, tmp_path: Path) -> None
     assert bench("run", "--dry-run", "--config")[0] == 2
 
 
+def test_a_tilde_is_the_home_folder_also_where_no_shell_sees_it(bench, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"(in {tmp_path}/out)" in bench("run", "--models", "pca", "--out=~/out", "--dry-run")[1]
+    assert data_root("~/data") == tmp_path / "data" and data_root("~nobody-here/data") == Path("~nobody-here/data")
+
+
 def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
     keys = set()
     for models in ("ganomaly", "ganomaly[features=64]", "ganomaly[epochs=15,lr=2e-4]"):
@@ -236,6 +243,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
     [
         (["run"], "No models given"),
         (["run", "--models", "ganomoly"], "Did you mean 'ganomaly'"),
+        (["run", "--models", "PCA"], "Did you mean 'pca'"),
         (["run", "--models", "zzz*"], "Unknown detector pattern"),
         (["run", "--models", "ganomaly[feature=3]"], "Did you mean 'features'"),
         (["run", "--models", "ganomaly[features=x]"], "features must be"),
@@ -259,7 +267,9 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "os:path"], "is not a detector"),
         (["run", "--models", "json:dumps"], "is not a detector"),
         (["run", "--models", "collections:OrderedDict"], "is not a detector"),
-        (["tables"], "results"),
+        (["tables"], "bench tables wants RESULTS: results folder. See bench tables --help."),
+        (["data"], "bench data wants ACTION: ls, check or get. See bench data --help."),
+        (["plot", "roc", "x"], "bench plot wants --out: file to write: .pdf, .svg or .png. See bench plot --help."),
         (["run", "--models", "ganomaly", "--image-size", 0], "image_size must be at least 1"),
         (["run", "--models", "ganomaly", "--seeds", "2-0"], "runs backwards"),
         (["run", "--models", "ganomaly", "--seeds", "one"], "Cannot read the seeds"),
@@ -277,6 +287,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--data_root", "my", "data"], "one that has spaces: --data_root 'my data'."),
         (["run", "--models", "ae[features=4 lr=1]"], "features must be int, got '4 lr=1'. Put a comma between two options."),
         (["run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
+        (["run", "sweep.yaml", "--dry-run"], "A config stands behind --config: bench run --config sweep.yaml."),
         (["run", "--dry-run", "ganomaly"], "cannot place 'ganomaly'. Write options as --NAME VALUE"),
         (["run", "--models", "ganomaly ae"], "Put commas between names, and no spaces: ganomaly,ae."),
         (["run", "--models", "pca", "--datasets", "folder:a [b]"], 'stands in double quotes: "folder:a [b]".'),
