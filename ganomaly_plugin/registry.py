@@ -73,7 +73,10 @@ DATASETS = (
 )
 
 _ON_PATH = " Put the folder that it is in on PYTHONPATH: PYTHONPATH=. bench …"
-_ELSE = "Or give a class path, package.module:Class."
+_ELSE = {
+    "detector": "Or give a class path, package.module:Class.",
+    "data set": "Or give a folder of images, folder:PATH, or a class path, package.module:function.",
+}
 _GROUPS = {"detector": ("ganomaly_plugin.detectors", DETECTORS), "data set": ("ganomaly_plugin.datasets", DATASETS)}
 
 
@@ -134,7 +137,7 @@ def resolve(kind: str, name: str) -> Any:
     """
     known = entries(kind)
     if not isinstance(name, str):
-        raise unknown(kind, name, known, todo=_ELSE)
+        raise unknown(kind, name, known, todo=_ELSE[kind])
     family, colon, argument = name.partition(":")
     in_family = name not in known and family + colon in known
     target = known[family + colon if in_family else name].target if in_family or name in known else name
@@ -142,7 +145,7 @@ def resolve(kind: str, name: str) -> Any:
     if not attribute and name in known:
         raise InvalidInput(f"{kind} {name!r} is registered as {target!r}, which names no object. Register module:attribute.")
     if not attribute:
-        raise unknown(kind, name, known, todo=_ELSE)
+        raise unknown(kind, name, known, todo=_ELSE[kind])
     if not argument and (in_family or (name in known and name.endswith(":"))):
         raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:

@@ -257,6 +257,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--classes", ""], "classes is empty"),
         (["run", "--models", "ganomaly", "--datasets", "folder:"], "as in folder:PATH"),
         (["run", "--models", "ganomaly", "--datasets", "digit"], "Did you mean 'digits'"),
+        (["run", "--models", "ganomaly", "--datasets", "./photos"], "Or give a folder of images, folder:PATH, or a class path"),
         (["run", "--models", "ganomaly", "--datasets", "digits[size=3]"], "Unknown option of data set digits"),
         (["run", "--models", "ganomaly", "--datasets", "digits[image_size=x]"], "image_size"),
         (["run", "--models", "ganomaly", "--protocols", "one-anomalous/strict-v2"], "Did you mean 'one-anomalous/strict-v1'"),
