@@ -47,6 +47,7 @@ from ganomaly_plugin.report.writers import (
     to_markdown,
     to_text,
 )
+from ganomaly_plugin.store import Store
 
 NOTHING = Cell(math.nan, math.nan, 0, 2)
 
@@ -189,6 +190,11 @@ def test_costs_are_medians_and_older_records_are_counted_by_steps() -> None:
     assert r"a\|b" in cost_markdown(cost_frame(frame))
 
 
+def _with_references(folder: Path, a: Outcome, arrays: dict, size: int) -> tuple[Store, list]:
+    store = fill(folder / str(size), [Outcome(a.record, {**arrays, "reference_score": np.arange(1.0, 1 + size)})])
+    return store, store.records()
+
+
 def test_decisions_by_hand(tmp_path: Path) -> None:
     a = outcome("a\x1b")
     arrays = {
@@ -197,11 +203,12 @@ def test_decisions_by_hand(tmp_path: Path) -> None:
         "test_index": np.arange(6),
     }
     for size, enough in ((18, False), (19, True)):
-        reference = np.arange(1.0, 1 + size)
-        store = fill(tmp_path / str(size), [Outcome(a.record, {**arrays, "reference_score": reference})])
-        said = decision_reports(store, store.records(), 0.05)
+        store, records = _with_references(tmp_path, a, arrays, size)
+        said = decision_reports(store, records, 0.05)
         assert ("fewer than 19 reference images" in said) is not enough and "\x1b" not in said
-        assert f"({size} or more): {size}" in said and "false-positive rate on the test set: 0.250" in said
+        assert f"({size}): {size}" in said and "false-positive rate on the test set: 0.250 (1 of 4)" in said
+    assert "(fewer than 33 reference images:" in decision_reports(*_with_references(tmp_path, a, arrays, 32), 0.03)
+    assert "reference images:" not in decision_reports(*_with_references(tmp_path, a, arrays, 33), 0.03)
     assert "false-positive rate on the test set: 0.500" in decision_reports(store, store.records(), 0.2)  # above 16
 
 

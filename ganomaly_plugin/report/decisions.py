@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -49,7 +50,9 @@ def _report(store: Store, key: tuple[str, ...], group: list[RunRecord], false_po
         sizes.append(len(arrays["reference_score"]))
     is_anomaly, is_called = np.concatenate(truth), np.concatenate(called)
     origin = printable("/".join(sorted({str(record.reference) for record in group})))
-    reached = float(is_called[~is_anomaly].mean())
+    alarms, normal = int(is_called[~is_anomaly].sum()), int((~is_anomaly).sum())
+    held = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    enough = math.ceil(1 / false_positive_rate - 1 - 1e-9)
     span = (
         f"{min(thresholds):.4g}"
         if len(group) == 1
@@ -57,12 +60,11 @@ def _report(store: Store, key: tuple[str, ...], group: list[RunRecord], false_po
     )
     lines = [
         printable(", ".join(key)),
-        f"threshold for a false-positive rate of {false_positive_rate:g} on {origin} normal images "
-        f"({min(sizes)} or more): {span}",
-        f"false-positive rate on the test set: {reached:.3f}",
+        f"threshold for a false-positive rate of {false_positive_rate:g} on {origin} normal images ({held}): {span}",
+        f"false-positive rate on the test set: {alarms / normal:.3f} ({alarms} of {normal})",
     ]
-    if min(sizes) < 1 / false_positive_rate - 1:
-        lines.append(f"(fewer than {1 / false_positive_rate - 1:.0f} reference images: the threshold is their largest score)")
+    if min(sizes) < enough:
+        lines.append(f"(fewer than {enough} reference images: the threshold is their largest score)")
     table = classification_report(
         is_anomaly, is_called, labels=[False, True], target_names=["normal", "anomalous"], digits=3, zero_division=0
     )
