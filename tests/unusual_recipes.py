@@ -172,3 +172,23 @@ class Named(AutoencoderRecipe):
     def score(self, networks, images):
         first = networks["first"]
         return nn.functional.conv2d(input=images, weight=first.weight, bias=first.bias, padding=1).flatten(1).mean(1)
+
+
+class Hiding(nn.Module):
+    """An encoder behind a layer that no module knows of, since it is in a list."""
+
+    def __init__(self, encoder: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.encoder, self.before = encoder, [nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)]
+
+    def forward(self, x):
+        return self.encoder(self.before[0](x))
+
+
+@dataclass(frozen=True)
+class Hidden(AutoencoderRecipe):
+    """Draws what is neither parameter nor buffer."""
+
+    def build(self, chw):
+        networks = super().build(chw)
+        return {**networks, "encoder": Hiding(networks["encoder"], chw[0])}

@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
@@ -65,6 +67,35 @@ class _Networks(nn.Module):
         return computed
 
 
+def _held_beside(networks: nn.Module) -> list[tuple[str, Any]]:
+    """Tensors and numbers that modules hold beside weights and buffers, those of modules in lists included, and where."""
+    found: list[tuple[str, Any]] = []
+    hidden: dict[nn.Module, str] = {}  # modules that no module has registered
+    waiting = list(networks.modules())
+    registered = set(waiting)
+    for module in waiting:  # which grows
+        own = ("_parameters", "_buffers", "_modules") if module in registered else ()
+        for name, value in vars(module).items():
+            where = hidden.get(module, f"{type(module).__name__}.{name}")
+            for leaf in tree_leaves(value) if name not in own else ():
+                if isinstance(leaf, nn.Module) and leaf not in registered and leaf not in hidden:
+                    hidden[leaf] = where
+                    waiting.append(leaf)
+                elif isinstance(leaf, (Tensor, np.ndarray, Number)):
+                    found.append((where, leaf))
+    return found
+
+
+def _check_alike(models: Sequence[nn.Module]) -> None:
+    """Raise InvalidInput when models differ by more than weights and buffers: of all else a stack has the first one's."""
+    first, *others = (_held_beside(model) for model in models)
+    for theirs in others:
+        for (name, mine), (_, other) in zip(first, theirs, strict=False):
+            same = torch.equal if isinstance(mine, Tensor) and isinstance(other, Tensor) else np.array_equal
+            if not same(mine, other):
+                raise InvalidInput(f"{name} differs from model to model, and is no parameter or buffer")
+
+
 class StackedTrainer:
     """Holds several models in training and advances all of them by a step at a time.
 
@@ -104,6 +135,7 @@ class StackedTrainer:
             for named in (wrapped[0].named_parameters, wrapped[0].named_buffers)
         ):
             raise InvalidInput("networks that share weights or buffers are not trained as one set of kernels")
+        _check_alike(wrapped)
         self._frozen = {name for name, weight in wrapped[0].named_parameters() if not weight.requires_grad}
         weights = [dict(each.named_parameters()) for each in wrapped]
         buffers = [dict(each.named_buffers()) for each in wrapped]
