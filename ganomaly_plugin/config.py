@@ -18,11 +18,10 @@ from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.hparams import (
     canonical_hparams,
     check_recordable,
-    check_remade,
     check_told,
     checked_hparams,
     default_hparams,
-    holds_special,
+    recorded_hparams,
     told_hparams,
 )
 from ganomaly_plugin.recipe import Recipe
@@ -117,21 +116,7 @@ def resolved_hparams(name: str, cls: Any, hparams: Mapping[str, Any]) -> dict[st
     told = told_hparams(name, make_detector(name, **given))
     if told:
         check_told(name, cls, given, told)
-    values = told or {**default_hparams(cls), **given}
-    resolved = canonical_hparams(cls, values)
-    if any(map(holds_special, values.values())):
-        again = _remade(name, cls, resolved)
-        for key, value in values.items():
-            check_remade(name, key, value, again.get(key))
-    return resolved
-
-
-def _remade(name: str, cls: Any, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What a worker gets that makes the detector of `resolved`; {} when it cannot."""
-    try:
-        return told_hparams(name, make_detector(name, **resolved)) or checked_hparams(name, cls, resolved)
-    except InvalidInput:
-        return {}
+    return recorded_hparams(name, cls, told or {**default_hparams(cls), **checked_hparams(name, cls, given)})
 
 
 def check_keys(path: str) -> None:

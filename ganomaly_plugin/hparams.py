@@ -51,8 +51,11 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
             if str in _leaves(hints.get(key)) and isinstance(value, str):
                 continue  # text is what it may be: the parser would rather look for a class of that name
             raise InvalidInput(f"{name}: {key} is {value!r}, and a class path is imported nowhere here. Give a plain value.")
+        nested = _has_mapping(value)  # before the parser changes it in place
         try:
             parsed = parser.parse_object({key: value}, defaults=False)
+            if nested:
+                parsed = parser.instantiate_classes(parsed)  # a dataclass, of its fields
             if value is None and known[key] is not None and not _takes_none(hints.get(key)):
                 raise TypeError("the parser takes None for any type")
         except (ArgumentError, OverflowError, TypeError, ValueError) as error:
@@ -89,6 +92,10 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if is_list else value
 
 
+def _has_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_mapping, value)))
+
+
 def _hints(cls: type) -> dict[str, Any]:
     """The types of the constructor's arguments; {} where they cannot be told."""
     try:
@@ -102,6 +109,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _leaves(hint: Any) -> set[Any]:
     """The types that a union or container is made of."""
+    if isinstance(hint, list):  # the arguments of a Callable
+        return {leaf for part in hint for leaf in _leaves(part)}
     inner = [part for part in typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal]
     return {leaf for part in inner for leaf in _leaves(part)} | {typing.get_origin(hint) or hint}
 
@@ -109,7 +118,9 @@ def _leaves(hint: Any) -> set[Any]:
 def _would_import(hint: Any, value: Any) -> bool:
     """Whether the parser would import a module that `value` names: it does where a class or function is wanted."""
     if isinstance(value, dict):
-        return "class_path" in value or any(_would_import(None, part) for part in value.values())
+        classes = [leaf for leaf in _leaves(hint) if isinstance(leaf, type) and dataclasses.is_dataclass(leaf)]
+        hints = {key: part for each in classes for key, part in _hints(each).items()}
+        return "class_path" in value or any(_would_import(hints.get(key, hint), part) for key, part in value.items())
     if isinstance(value, list):
         return any(_would_import(hint, part) for part in value)
     if not isinstance(value, str) or not re.fullmatch(r"\w+([.:]\w+)+", value):
@@ -144,7 +155,7 @@ def canonical_hparams(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(hint: Any, value: Any) -> Any:
-    """`value` with tuples as lists, paths as text and members of an Enum by their names.
+    """`value` with tuples as lists, paths as text, dataclasses as mappings and members of an Enum by their names.
 
     A member that is text or a number itself stays that where `cls` takes such, as it does where nothing is said.
     """
@@ -155,6 +166,8 @@ def _canonical(hint: Any, value: Any) -> Any:
         return value.value if plain else value.name
     if isinstance(value, PurePath):
         return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return canonical_hparams(type(value), {key: getattr(value, key) for key in default_hparams(type(value))})
     if isinstance(value, dict):
         return {key: _canonical(hint, part) for key, part in value.items()}
     return [_canonical(hint, part) for part in value] if isinstance(value, (tuple, list)) else value
@@ -178,11 +191,14 @@ def told_hparams(name: str, detector: Any) -> dict[str, Any]:
 
 
 def check_told(name: str, cls: type, hparams: dict[str, Any], told: Mapping[str, Any]) -> None:
-    """Raise InvalidInput when `told`, a detector's own `hparams`, forgets one of `hparams`, which it was made with.
+    """Raise InvalidInput when `told`, a detector's own `hparams`, forgets one of `hparams`, or has what its constructor lacks.
 
-    It may leave out, or resolve as it likes, what is at its default. The job would otherwise be one of another setting.
+    It may leave out, or resolve as it likes, what is at its default. Its job would otherwise be of another setting, or none.
     """
     known, given = default_hparams(cls), checked_hparams(name, cls, hparams)
+    for key in told:
+        if key not in known:
+            raise InvalidInput(f"{name} has {key!r} in its hparams, which its constructor does not name. Have both agree.")
     hints = _hints(cls)
     for key, value in given.items():
         default, wanted, has = (_canonical(hints.get(key), each) for each in (known[key], value, told.get(key)))
@@ -198,19 +214,43 @@ def _agree(one: Any, other: Any) -> bool:
 
 
 def check_remade(name: str, key: str, value: Any, again: Any) -> None:
-    """Raise InvalidInput when `value` holds a path or a member of an Enum and `again`, made from its record, is not it."""
+    """Raise InvalidInput when `value` holds what `holds_special` says and `again`, made from its record, is not it."""
     if holds_special(value) and value != again:
+        held = "a mapping" if dataclasses.is_dataclass(value) else "text"
         raise InvalidInput(
-            f"{name}: {key} is {value!r}, which a record holds as text that does not make it again. Annotate {key} in the "
+            f"{name}: {key} is {value!r}, which a record holds as {held} that does not make it again. Annotate {key} in the "
             "constructor with its type."
         )
 
 
+def recorded_hparams(name: str, cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of the hyperparameters of `cls` as records, keys and detector files hold them.
+
+    Raises:
+        InvalidInput: They would not make the same detector again.
+    """
+    recorded = canonical_hparams(cls, values)
+    if any(map(holds_special, values.values())):
+        again = _remade(name, cls, recorded)
+        for key, value in values.items():
+            check_remade(name, key, value, again.get(key))
+    return recorded
+
+
+def _remade(name: str, cls: Any, recorded: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of the detector that `recorded` makes; {} when it cannot."""
+    try:
+        given = checked_hparams(name, cls, recorded)
+        return told_hparams(name, cls(**given)) or given
+    except (Exception, SystemExit):  # a constructor may raise anything
+        return {}
+
+
 def holds_special(value: Any) -> bool:
-    """Whether `value` is or holds a path or a member of an Enum, which records hold as text."""
+    """Whether `value` is or holds a path, a member of an Enum or a dataclass, which records hold as text or a mapping."""
     if isinstance(value, (tuple, list)):
         return any(map(holds_special, value))
-    return isinstance(value, (enum.Enum, PurePath))
+    return isinstance(value, (enum.Enum, PurePath)) or dataclasses.is_dataclass(value)
 
 
 def recorded_text(value: Any) -> str | None:

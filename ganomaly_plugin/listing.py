@@ -12,7 +12,7 @@ from typing import Any
 from ganomaly_plugin.datasets.base import default_options
 from ganomaly_plugin.datasets.splits import PROTOCOLS
 from ganomaly_plugin.errors import BenchError, InvalidInput, unknown
-from ganomaly_plugin.hparams import as_recorded, default_hparams
+from ganomaly_plugin.hparams import as_recorded, canonical_hparams, default_hparams
 from ganomaly_plugin.registry import entries, make_detector, resolve
 from ganomaly_plugin.selection import show
 
@@ -64,7 +64,7 @@ def _options(kind: str, name: str) -> str:
     called = f"{name}NAME" if name.endswith(":") else name
     options = dict(_budget(name)) if kind == "detector" else {}
     described = _described(of)
-    defaults = default_hparams(of) if kind == "detector" else default_options(full)
+    defaults = canonical_hparams(of, default_hparams(of)) if kind == "detector" else default_options(full)
     options |= {key: (value, described.get(key, "")) for key, value in defaults.items()}
     if not options:
         return ""

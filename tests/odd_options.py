@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,41 @@ class Told(Bare):
         return {"norm": self.norm, "weights": self.weights}
 
 
+@dataclass(frozen=True)
+class Net:
+    """Options of an option; the last would import a module, were it read by the parser alone."""
+
+    width: int = 8
+    norm: Norm = Norm.FLAT
+    act: Callable[[float], float] = abs
+
+
+@dataclass(frozen=True)
+class Plain:
+    width: int = 8
+    norm: Norm = Norm.FLAT
+
+
+class Nested(Sound):
+    """Dataclasses, members of an Enum and a path as options, in a detector that is saved."""
+
+    def __init__(
+        self, net: Plain = Plain(), more: list[Plain] | None = None, norm: Norm = Norm.FLAT, place: Path = Path("a")
+    ) -> None:
+        assert isinstance(net, Plain) and isinstance(norm, Norm)
+        super().__init__(1 + net.width / 8)
+        self.told = {"net": net, "more": more, "norm": norm, "place": place}
+
+    @property
+    def hparams(self):
+        return self.told
+
+
+class Calls(Bare):
+    def __init__(self, net: Net = Net(), nets: dict[str, Callable] | None = None) -> None:
+        super().__init__()
+
+
 class Unsaid(Bare):
     """Its Enum is not in the signature, so that a name stays text."""
 
@@ -132,6 +168,17 @@ class Forgets(Sound):
 
     def __init__(self, power: float = 2.0, sign: int = 1, betas: tuple[float, float] = (0.5, 0.9)) -> None:
         super().__init__(abs(power))
+
+
+class TellsMore(Bare):
+    """Passes its options on to another class, whose hparams name what its own constructor does not."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+
+    @property
+    def hparams(self):
+        return {"norm": self.norm}
 
 
 class InArrays(Bare):

@@ -138,6 +138,20 @@ def test_no_check_lets_every_fault_through():
     assert set(CHECKS) - caught == {"cuda"}
 
 
+@pytest.mark.parametrize("hparams", [{}, {"net": {"width": 3}, "norm": "ROUND", "place": "b"}], ids=["default", "given"])
+def test_hparams_may_be_dataclasses_members_of_an_enum_and_paths(hparams):
+    assert failed(answers("odd_options:Nested", hparams)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Method", "its hparams is a method"), ("Unsaid", "does not make it again"), ("Raises", "cannot be read")],
+)
+def test_hparams_that_no_record_can_be_made_of_are_said_at_once(name, said):
+    with pytest.raises(InvalidInput, match=said):
+        run_checks(f"odd_options:{name}")
+
+
 @pytest.mark.parametrize("cls", [MedianOnly, Frozen])
 def test_the_bare_protocol_is_enough(cls, tmp_path):
     name = f"faulty_detectors:{cls.__name__}"

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import odd_options
 import pytest
 
 import ganomaly_plugin
-from ganomaly_plugin import list_detectors, make_detector
+from ganomaly_plugin import list_detectors, load_detector, make_detector
 from ganomaly_plugin.config import Experiment, expand
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
@@ -171,6 +172,29 @@ def test_members_of_an_enum_and_paths_are_recorded(name: str, given: dict, recor
         assert isinstance(getattr(again, "recipe", again).weights, Path)
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"net": {"width": 3}, "more": [{"norm": "ROUND"}], "norm": "ROUND", "place": "b/c"}], ids=["default", "given"]
+)
+def test_dataclasses_enums_and_paths_are_recorded_and_saved(given: dict, tmp_path: Path):
+    detector = make_detector("odd_options:Nested", **given)
+    (job,) = jobs("Nested", **given)
+    assert make_detector("odd_options:Nested", **job.hparams).hparams == detector.hparams
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 16, 16), dtype=np.uint8)
+    detector.fit(images).save(tmp_path / "detector.pt")
+    loaded = load_detector(tmp_path / "detector.pt", name="odd_options:Nested")
+    assert loaded.hparams == detector.hparams and np.array_equal(loaded.score(images), detector.score(images))
+    if given:
+        net, (more,) = detector.told["net"], detector.told["more"]
+        assert net == odd_options.Plain(3) and more == odd_options.Plain(norm=odd_options.Norm.ROUND)
+        assert job.hparams["net"] == {"width": 3, "norm": "FLAT"} and "net={'width': 3}" in job.label
+
+
+def test_a_recipe_is_saved_with_members_of_an_enum_and_paths(tmp_path: Path):
+    detector = make_detector("odd_options:Named", norm="ROUND", features=2)
+    detector.fit(np.zeros((4, 1, 16, 16), np.uint8), epochs=1).save(tmp_path / "detector.pt")
+    assert load_detector(tmp_path / "detector.pt", name="odd_options:Named").hparams == detector.hparams
+
+
 def test_a_recipe_may_name_types_for_type_checkers_only():
     detector = make_detector("odd_options:Unchecked", features=2, sides=[3, 5])
     assert list(detector.hparams["sides"]) == [3, 5]
@@ -210,6 +234,10 @@ def test_a_dataclass_may_make_its_defaults(bench, tmp_path: Path):
         ("Forgets", "sign=2", "does not return the option sign in its hparams as 2, and would be run without it; add it there"),
         ("Forgets", "betas=[0.1,0.9]", "does not return the option betas in its hparams as [0.1, 0.9]"),
         ("Forgets", "power=-3", "does not return the option power in its hparams as -3.0, but 3.0; return it there"),
+        ("TellsMore", "", "has 'norm' in its hparams, which its constructor does not name. Have both agree."),
+        ("Calls", "net={act: os.getcwd}", "net is {'act': 'os.getcwd'}, and a class path is imported nowhere here"),
+        ("Calls", "nets={a: os.getcwd}", "nets is {'a': 'os.getcwd'}, and a class path is imported nowhere here"),
+        ("Nested", "net={wdth: 3}", "net must be odd_options.Plain, got {'wdth': 3}"),
         ("InArrays", "weights=[1.0,3.0]", "its hparams as [1.0, 3.0], but array([1., 3.]); return it there"),
         ("Method", "", "its hparams is a method, not a dict. Make it a property that returns one"),
         ("Raises", "", "its hparams cannot be read: AttributeError: 'Raises' object has no attribute 'no_such_thing'"),

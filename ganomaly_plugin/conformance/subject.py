@@ -13,6 +13,7 @@ import torch
 
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError
+from ganomaly_plugin.hparams import recorded_hparams, told_hparams
 from ganomaly_plugin.registry import make_detector, resolve
 
 
@@ -44,8 +45,13 @@ class Subject:
         self.epochs: int | None = getattr(detector, "conformance_epochs", None)
         self.has_epochs = bool(getattr(detector, "has_epochs", True))
         self.shape: tuple[int, int, int] = tuple(getattr(detector, "conformance_shape", (1, 16, 16)))
-        self.hparams: dict[str, Any] = dict(getattr(detector, "hparams", None) or {})
+        self.cls = found
+        self.hparams = self.told(detector)
         self.batch = int(self.hparams.get("batch_size") or 8)
+
+    def told(self, detector: Any) -> dict[str, Any]:
+        """The detector's `hparams` as records and files hold them; {} where it has none."""
+        return recorded_hparams(self.name, self.cls, told_hparams(self.name, detector))
 
     def make(self) -> Any:
         """A fresh detector."""

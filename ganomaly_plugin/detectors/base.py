@@ -19,6 +19,7 @@ from ganomaly_plugin import __version__
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.errors import CorruptFile, InvalidInput, NotFitted, check_seed, one_line
 from ganomaly_plugin.files import as_path
+from ganomaly_plugin.hparams import recorded_hparams
 from ganomaly_plugin.images import check_images
 from ganomaly_plugin.metrics import check_scores
 
@@ -142,7 +143,7 @@ class BaseDetector(ABC):
             "ganomaly_plugin": FORMAT,
             "version": __version__,
             "name": self.name,
-            "hparams": self.hparams,
+            "hparams": recorded_hparams(self.name or type(self).__name__, self._made_from, self.hparams),
             "image_shape": list(self.image_shape_),
             "state": self._state(),
         }
@@ -169,7 +170,12 @@ class BaseDetector(ABC):
     @property
     @abstractmethod
     def hparams(self) -> dict[str, Any]:
-        """The hyperparameters, as plain values that `make_detector(name, **hparams)` takes."""
+        """The hyperparameters, as values that `make_detector(name, **hparams)` takes."""
+
+    @property
+    def _made_from(self) -> type:
+        """The class whose constructor takes the hyperparameters."""
+        return type(self)
 
     def describe(self) -> dict[str, Any]:
         """Plain facts of the fitted detector for its record, such as its number of parameters."""

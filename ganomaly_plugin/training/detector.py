@@ -55,6 +55,11 @@ class RecipeDetector(BaseDetector):
         return recipe_hparams(self.recipe)
 
     @property
+    def _made_from(self) -> type[Recipe]:
+        """The recipe's class."""
+        return type(self.recipe)
+
+    @property
     def default_epochs(self) -> int:
         """The method's published budget."""
         return self.recipe.default_epochs
