@@ -48,6 +48,25 @@ class Sound(BaseDetector):
         self.mean_, self.weights_ = state["mean"], state["weights"]
 
 
+class Differentiable(Sound):
+    """Leaves scores and maps as its network makes them: with gradients, of few bits."""
+
+    def _fit(self, images, **options):
+        super()._fit(images, **options)
+        self.weights_ = torch.nn.Parameter(self.weights_)
+
+    def _score(self, images):
+        return self._errors(images).mean(1)
+
+    def _anomaly_map(self, images):
+        return super()._anomaly_map(images).bfloat16()
+
+
+class Exits(Sound):
+    def _score(self, images):
+        raise SystemExit(0)
+
+
 class WrongShape(Sound):
     def score(self, images):
         return super().score(images)[:, None]

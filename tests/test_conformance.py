@@ -138,6 +138,14 @@ def test_no_check_lets_every_fault_through():
     assert set(CHECKS) - caught == {"cuda"}
 
 
+def test_tensors_with_gradients_of_any_type_are_scores_and_maps():
+    assert failed(answers("faulty_detectors:Differentiable")) == {}
+
+
+def test_a_detector_that_exits_fails_its_checks():
+    assert "SystemExit: 0" in failed(answers("faulty_detectors:Exits"))["scores"]
+
+
 @pytest.mark.parametrize("hparams", [{}, {"net": {"width": 3}, "norm": "ROUND", "place": "b"}], ids=["default", "given"])
 def test_hparams_may_be_dataclasses_members_of_an_enum_and_paths(hparams):
     assert failed(answers("odd_options:Nested", hparams)) == {}

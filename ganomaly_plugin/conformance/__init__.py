@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ganomaly_plugin.conformance import checks_inputs, checks_results
 from ganomaly_plugin.conformance.subject import Check, Exempt, Failed, Subject, global_rng_kept
-from ganomaly_plugin.errors import BenchError, InvalidInput, check_known, one_line
+from ganomaly_plugin.errors import FAULTS, BenchError, InvalidInput, check_known, one_line
 
 _CHECKS: dict[str, Check] = {**checks_results.CHECKS, **checks_inputs.CHECKS}
 #: What is asked, by the name of the check, in the order of running.
@@ -76,7 +76,7 @@ def _run(check: Check, subject: Subject) -> tuple[Literal["passed", "failed", "e
             return "exempt", str(reason)
         except Failed as finding:
             return "failed", str(finding)
-        except Exception as error:  # whatever a detector raises where it should not is its answer
+        except FAULTS as error:  # whatever a detector raises where it should not is its answer
             kind = f"{type(error).__name__}: " if isinstance(error, BenchError) else ""  # one_line names the others
             return "failed", f"raised {kind}{one_line(error)}"
 

@@ -111,7 +111,7 @@ class BaseDetector(ABC):
                 finite, as of networks whose last step diverged.
         """
         checked = self._check(images)
-        return check_scores(self._score(checked), len(checked), self.name or type(self).__name__)
+        return check_scores(_array(self._score(checked)), len(checked), self.name or type(self).__name__)
 
     def named_scores(self, images: Any) -> dict[str, np.ndarray]:
         """Every score that the method offers, by name: float64 `(n,)` each; {} for a method with one score only."""
@@ -124,7 +124,7 @@ class BaseDetector(ABC):
             NotFitted: Called before `fit`.
             InvalidInput: The method has no map, or the images are not usable.
         """
-        return np.asarray(self._anomaly_map(self._check(images)), dtype=np.float32)
+        return np.asarray(_array(self._anomaly_map(self._check(images))), dtype=np.float32)
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """What the method takes each image for, float32 `(n, c, h, w)`, about [-1, 1].
@@ -133,7 +133,7 @@ class BaseDetector(ABC):
             NotFitted: Called before `fit`.
             InvalidInput: The method does not reconstruct, or the images are not usable.
         """
-        return np.asarray(self._reconstruct(self._check(images)), dtype=np.float32)
+        return np.asarray(_array(self._reconstruct(self._check(images))), dtype=np.float32)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted detector to one file of tensors and plain values (no pickled code); see `load_detector`."""
@@ -207,6 +207,11 @@ class BaseDetector(ABC):
         if not hasattr(self, "image_shape_"):
             raise NotFitted(f"{self.name or type(self).__name__} is not fitted; call fit(images) first.")
         return check_images(images, chw=self.image_shape_)
+
+
+def _array(values: Any) -> Any:
+    """A tensor of any device or type, also one with gradients, as NumPy takes it; all else as it is."""
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
 
 
 def resolve_device(device: str) -> torch.device:
