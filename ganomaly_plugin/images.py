@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, one_line
 
 _ALLOWED = "Allowed: a non-empty array (n, c, h, w), uint8 in [0, 255] or float in [-1, 1]"
 _SLACK = 1e-3  # float images may leave [-1, 1] by rounding, not by scaling
@@ -30,9 +30,18 @@ def check_images(images: Any, *, chw: tuple[int, int, int] | None = None) -> Ten
             raise InvalidInput(
                 f"Images are a tensor of layout {images.layout} on {images.device}. {_ALLOWED}, all of it in memory."
             )
-        tensor = images.detach().cpu()
+        tensor = images.detach().cpu().resolve_neg()  # NumPy takes no view of negatives, such as the part of a complex tensor
     else:
-        array = np.asarray(images)
+        try:
+            array = np.asarray(images)
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # a list of several sizes, say
+            raise InvalidInput(
+                f"Images are a {type(images).__name__} that makes no array: {one_line(error)} {_ALLOWED}."
+            ) from error
         if array.dtype.kind not in "fu" or array.dtype == object:
             raise InvalidInput(f"Images have dtype {array.dtype}. {_ALLOWED}.")
         if array.dtype.kind == "f" and array.dtype != np.float32:

@@ -54,12 +54,12 @@ def _section(title: str, names: Mapping[str, str]) -> str:
 
 
 def _options(kind: str, name: str) -> str:
-    """The options of `name`, or "" where no such thing has any, or none can be told without a name behind its colon."""
+    """The options of `name` or why they cannot be told; "" where there are none, or a name behind the colon is wanted."""
     full = f"{name}PATH" if kind == "data set" and name.endswith(":") else name
     try:
         made = resolve(kind, full)
-    except InvalidInput:
-        return ""
+    except InvalidInput as error:
+        return f"options cannot be told: {error}" if name in entries(kind) and not name.endswith(":") else ""
     of = getattr(made, "func", made)  # a family's name and argument resolve to a partial
     called = f"{name}NAME" if name.endswith(":") else name
     options = dict(_budget(name)) if kind == "detector" else {}

@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import functools
 import importlib
+import operator
 import os
 import sys
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def resolve(kind: str, name: str) -> Any:
     if not argument and (in_family or (name in known and name.endswith(":"))):
         raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
         todo = ""
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):  # not one that it imports

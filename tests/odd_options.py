@@ -89,6 +89,11 @@ class Built(Bare):
         return np.asarray(images, dtype=float).mean((1, 2, 3)) * sum(self.weights)
 
 
+class Outer:
+    class Inner(Bare):
+        pass
+
+
 class Required(Bare):
     """An option without a default."""
 

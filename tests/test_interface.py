@@ -118,6 +118,14 @@ def test_hyperparameters_are_what_was_given() -> None:
     assert make_detector("ganomaly", **detector.hparams).hparams == detector.hparams
 
 
+def test_lists_that_make_no_array_are_refused_in_one_line() -> None:
+    square, flat = np.zeros((1, 16, 16), np.uint8), np.zeros((1, 16, 8), np.uint8)
+    for images in ([square, flat], [torch.zeros(1, 16, 16, requires_grad=True)] * 2):
+        with pytest.raises(InvalidInput, match="Images are a list that makes no array") as error:
+            make_detector("pca").fit(images)
+        message(error)
+
+
 def test_recipes_know_their_choices() -> None:
     for options in ({"adversarial": "zzz"}, {"batchnorm": "Running"}, {"score_by": "residuals"}, {"select": "best"}):
         with pytest.raises(InvalidInput, match=f"{next(iter(options))} must be one of .*, got"):

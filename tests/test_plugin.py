@@ -139,6 +139,19 @@ def test_a_package_that_is_gone_is_to_be_installed_anew(tmp_path: Path, monkeypa
         make_detector("gone_one")
 
 
+def test_an_entry_point_may_name_a_class_inside_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "inner-pack", "inner_one", "odd_options:Outer.Inner")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(make_detector("inner_one"), odd_options.Outer.Inner)
+
+
+def test_bench_ls_says_why_the_options_of_a_name_cannot_be_told(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim(tmp_path, "gone-pack", "gone_one", "gone_package.module:Detector")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = bench("ls", "gone_one")
+    assert code == 0 and "from gone-pack" in out and "cannot be told" in out and "No module named 'gone_package'" in out
+
+
 def jobs(name: str, **options):
     models = [Selection(f"odd_options:{name}", options)]
     return expand(Experiment(models, [Selection("digits")], ["one-anomalous/strict-v1"], ["0"], image_size=16))
