@@ -548,6 +548,19 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     assert load(base, tmp_path).digest == digest
 
 
+def test_all_that_a_cache_notes_beside_pixels_is_looked_at(tmp_path: Path) -> None:
+    base = authors(tmp_path / "f")
+    (base / "train/0.normal/0.png").write_text("not an image")
+    digest = load(base, tmp_path, on_bad_image="skip").digest
+    (cached,) = (p for p in (tmp_path / ".cache").iterdir() if p.is_dir())
+    for path in cached.iterdir():
+        if path.name != "images.u8":
+            for content in (bytes(path.stat().st_size), b"7", b"{}"):
+                path.write_bytes(content)
+                _load_cached.cache_clear()
+                assert load(base, tmp_path, on_bad_image="skip").digest == digest
+
+
 def test_files_that_were_bad_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = mvtec(tmp_path / "f")
     (base / "train/good/9.png").write_bytes(b"nothing")  # is bad for good

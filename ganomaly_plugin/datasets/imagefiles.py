@@ -28,7 +28,7 @@ from ganomaly_plugin.escape import storable
 from ganomaly_plugin.files import locked
 from ganomaly_plugin.selection import as_word
 
-_FORMAT = 3  # of the cached folder; a change of how pixels are made changes it
+_FORMAT = 4  # of the cached folder; a change of how pixels are made changes it
 _BATCH = 16  # files a task of the thread pool decodes
 _NAMED = 5  # problems an error or a record names
 _UNUSED = 30 * 86_400.0  # seconds after which nobody is taken to want cached images any more
@@ -219,9 +219,9 @@ def _cached(listing: Listing, cache: Path, size: int, channels: int, fit: str) -
 
 def _remembered(listing: Listing, folder: Path) -> tuple[dict[str, Any], np.ndarray, list[tuple[ImageFile, str]]]:
     """What `_build` left in `folder` beside pixels: its notes, the places of the usable files, the others with the reasons."""
-    meta, kept = json.loads((folder / "meta.json").read_text()), np.load(folder / "kept.npy")
-    bad = np.setdiff1d(np.arange(len(listing.files)), kept)
-    return meta, kept, [(listing.files[k], reason) for k, (_, reason) in zip(bad, meta["bad"], strict=True)]
+    meta = json.loads((folder / "meta.json").read_text())
+    kept = np.setdiff1d(np.arange(len(listing.files)), [k for k, _ in meta["bad"]])
+    return meta, kept, [(listing.files[k], reason) for k, reason in meta["bad"]]
 
 
 def _still_bad(listing: Listing, folder: Path, size: int, fit: str) -> bool:
@@ -269,7 +269,7 @@ def _whole(folder: Path) -> bool:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no JSON, or another
         return False
 
 
@@ -304,10 +304,9 @@ def _build(listing: Listing, folder: Path, size: int, channels: int, fit: str) -
             _compact(array, kept)
             array.flush()
             os.truncate(folder / name, len(kept) * int(np.prod(array.shape[1:])))
-    np.save(folder / "kept.npy", kept)
     meta = {
         "channels": channels,
-        "bad": [[str(files[k].path), reason] for k, reason in bad],
+        "bad": bad,
         "masks_lost": lost,
         "sizes": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
