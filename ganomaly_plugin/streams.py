@@ -48,3 +48,10 @@ def mend_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stderr, Lenient):
         sys.stderr = Lenient(sys.stderr)
+
+
+def print_file(text: str) -> None:
+    """Print what a file is to hold: in UTF-8, whatever the terminal's encoding."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(text, end="")

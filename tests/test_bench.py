@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_measures import fill
+from test_measures import fill, outcome
 
 from ganomaly_plugin import provenance
 from ganomaly_plugin.cli import COMMANDS, main
@@ -391,6 +391,13 @@ def test_an_encoding_without_our_signs_is_no_failure() -> None:
     words = [sys.executable, "-m", "ganomaly_plugin", "ls", "mnist"]
     said = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
     assert said.returncode == 0 and rb"28\xd728" in said.stdout and said.stderr == b""
+
+
+def test_what_is_for_files_is_utf8_in_every_encoding(tmp_path: Path) -> None:
+    store = fill(tmp_path / "out", [outcome("a")])
+    words = [sys.executable, "-m", "ganomaly_plugin", "tables", str(store.folder), "--format", "json"]
+    said = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
+    assert json.loads(said.stdout.decode())[0]["dataset"] == "cifar10 32×32"
 
 
 def test_output_folders_that_cannot_be_used(bench, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.tables import Table, leaks, make_tables, summarise
 from ganomaly_plugin.report.writers import PLAIN_METRICS, WRITERS, write_tables
 from ganomaly_plugin.store import Store
+from ganomaly_plugin.streams import print_file
 
 
 def finished(store: Store) -> list[RunRecord]:
@@ -76,7 +77,11 @@ def tables(options: Any) -> int:
         write_tables(store, frame, plain)  # first: whoever reads what follows may go away
     except CannotStore as error:  # results on a read-only disk can be looked at all the same
         print(f"bench: {error}", file=sys.stderr)
-    print(WRITERS[options.format](made), end="")
+    text = WRITERS[options.format](made)
+    if options.format == "text":
+        print(text, end="")
+    else:
+        print_file(text)
     return 0
 
 
