@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def test_rows_of_two_lines_take_twice_the_room() -> None:
     assert to_latex([drawn(LATEX_ROWS // 2, wide)]).count(r"\begin{table}") == 1
     assert to_latex([drawn(LATEX_ROWS // 2 + 1, wide)]).count(r"\begin{table}") == 2
     assert to_latex([drawn(LATEX_ROWS // 2 + 1, wide[:3])]).count(r"\begin{table}") == 1
+
+
+def test_more_classes_than_a_page_is_wide_are_several_tables() -> None:
+    classes = [f"c{k}" for k in range(25)]
+    published = Reference("them", dict.fromkeys(classes, 0.25), "s", "r")
+    table = drawn(2, [*classes, MEAN], references=(published,))
+    first, *others = to_latex([table]).split(r"\begin{table}")[1:]
+    assert len(others) == 2 and "continued" not in first and all(", continued}" in other for other in others)
+    heads = [re.search(r"\\toprule\n(.*) \\\\", each)[1].split(" & ") for each in (first, *others)]
+    assert [name for head in heads for name in head if name != "detector"] == [*classes, MEAN, "rank"]
+    assert others[-1].count("0.250") == len(heads[-1]) - 2  # of each class there, and of the mean of all
+    assert to_latex([drawn(2, [*classes[:11], MEAN])]).count(r"\begin{table}") == 1
 
 
 def test_measures_leave_the_frame_that_they_are_given(tmp_path: Path) -> None:

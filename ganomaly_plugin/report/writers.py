@@ -77,40 +77,48 @@ def to_text(tables: Sequence[Table]) -> str:
 def to_latex(tables: Sequence[Table]) -> str:
     r"""All tables as booktabs `table` environments, to `\input` in a paper; needs booktabs and graphicx.
 
-    A table with more rows than a page has room for becomes several, all but the first of them "continued".
+    A table with more rows or columns than a page has room for becomes several, all but the first of them "continued".
     """
     blocks = ["% \\usepackage{booktabs,graphicx}"]
     for table in tables:
         stacked = len(table.columns) > STACKED_FROM and table.seeds > 1
-        average = table.average_ranks()
-        rows = [*_latex_rows(table, average, stacked=stacked), *_latex_references(table, average)]
         room = LATEX_ROWS // 2 if stacked else LATEX_ROWS
-        for first in range(0, max(len(rows), 1), room):
-            words = [caption(table) + ", continued"] if first else [caption(table), *notes(table)]
-            lines = [
-                r"\begin{table}[htbp]",
-                r"\centering",
-                rf"\caption{{{latex_escape('. '.join(words))}}}",
-                r"\setlength{\tabcolsep}{4pt}",
-                r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",  # smaller where it must be, never larger
-                rf"\begin{{tabular}}{{l{'c' * (len(table.columns) + bool(average))}}}",
-                r"\toprule",
-                " & ".join(["detector", *map(latex_escape, table.columns), *([RANK] if average else [])]) + r" \\",
-                r"\midrule",
-                *rows[first : first + room],
-                r"\bottomrule",
-                r"\end{tabular}}",
-                r"\end{table}",
-            ]
-            blocks.append("\n".join(lines) + "\n")
+        words = [caption(table), *notes(table)]
+        for columns in _parts(table.columns, LATEX_COLUMNS):
+            average = table.average_ranks() if columns[-1] == table.columns[-1] else {}
+            rows = [*_latex_rows(table, columns, average, stacked=stacked), *_latex_references(table, columns, average)]
+            for first in range(0, max(len(rows), 1), room):
+                lines = [
+                    r"\begin{table}[htbp]",
+                    r"\centering",
+                    rf"\caption{{{latex_escape('. '.join(words))}}}",
+                    r"\setlength{\tabcolsep}{4pt}",
+                    r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",  # smaller if need be, never larger
+                    rf"\begin{{tabular}}{{l{'c' * (len(columns) + bool(average))}}}",
+                    r"\toprule",
+                    " & ".join(["detector", *map(latex_escape, columns), *([RANK] if average else [])]) + r" \\",
+                    r"\midrule",
+                    *rows[first : first + room],
+                    r"\bottomrule",
+                    r"\end{tabular}}",
+                    r"\end{table}",
+                ]
+                blocks.append("\n".join(lines) + "\n")
+                words = [caption(table) + ", continued"]
     return "\n".join(blocks)
 
 
-def _latex_rows(table: Table, average: dict[str, float], *, stacked: bool) -> Iterator[str]:
-    """Each row of `table`: one line, or two where many classes leave no room for the deviation beside the mean."""
-    ranks = {column: table.ranks(column) for column in table.columns}
+def _parts(columns: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    """`columns` in parts of about equal size, none larger than `most`."""
+    size = math.ceil(len(columns) / math.ceil(len(columns) / most))
+    yield from (columns[first : first + size] for first in range(0, len(columns), size))
+
+
+def _latex_rows(table: Table, columns: Sequence[str], average: dict[str, float], *, stacked: bool) -> Iterator[str]:
+    """Each row of these `columns`: one line, or two where many classes leave no room for the deviation beside the mean."""
+    ranks = {column: table.ranks(column) for column in columns}
     for row in table.rows:
-        mine = {column: table.cells[row][column] for column in table.columns}
+        mine = {column: table.cells[row][column] for column in columns}
         texts = [_latex_cell(cell, row, ranks[column], alone=stacked) for column, cell in mine.items()]
         line = " & ".join([latex_escape(row), *texts, *rank_cell(average, row)])
         if not stacked:
@@ -121,10 +129,11 @@ def _latex_rows(table: Table, average: dict[str, float], *, stacked: bool) -> It
         yield line + r" \\[-2pt]" + "\n" + " & ".join(["", *small, *([""] if average else [])]) + r" \\[2pt]"
 
 
-def _latex_references(table: Table, average: dict[str, float]) -> Iterator[str]:
+def _latex_references(table: Table, columns: Sequence[str], average: dict[str, float]) -> Iterator[str]:
     """The rows of the literature, a rule above the first."""
     for k, reference in enumerate(table.references):
-        cells = [text.replace("–", "--") for text in reference_cells(table, reference)]
+        texts = dict(zip(table.columns, reference_cells(table, reference), strict=True))
+        cells = [texts[column].replace("–", "--") for column in columns]
         label = rf"\textit{{{latex_escape(reference.label)}}}"
         rule = "" if k else "\\midrule\n"
         yield rule + " & ".join([label, *cells, *([""] if average else [])]) + r" \\"
@@ -267,6 +276,7 @@ def _latex_cell(cell: Cell, row: str, ranks: tuple[set[str], set[str]], *, alone
 
 STACKED_FROM = 6  # columns; wider tables have the deviation below the mean
 LATEX_ROWS = 40  # lines, what a page has room for below a caption
+LATEX_COLUMNS = 12  # what it has room for side by side, in print that can be read
 RANK = "rank"
 PLAIN_METRICS = ("auroc", "auprc")  # of the table files
 
