@@ -125,6 +125,13 @@ def test_a_page_is_whole_escaped_and_the_same_again(tmp_path: Path, bench) -> No
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_the_heads_of_columns_may_break(tmp_path: Path) -> None:
+    text = report_html(load_results(fill(tmp_path / "out", [outcome("a", "n" * 90)]).folder))
+    rule = re.search(r"^thead span {(.*)}", text, re.MULTILINE)[1]
+    assert f'<th scope="col"><span>{"n" * 90}</span></th>' in text
+    assert "max-width" in rule and "white-space: normal" in rule and "overflow-wrap: anywhere" in rule
+
+
 def test_sample_images_keep_to_their_budget(tmp_path: Path) -> None:
     (group,) = groups(load_results(sweep(tmp_path / "out", classes=3, seeds=1).folder))
     whole, left = page_module.examples(group, budget := [10**6])

@@ -140,7 +140,7 @@ def table_html(table: Table) -> str:
     ranks, average = {column: table.ranks(column) for column in table.columns}, table.average_ranks()
     head = ["detector", *table.columns, *(["rank"] if average else [])]
     lines = [f"<table><caption>{escape(caption(table))}</caption><thead><tr>"]
-    lines += [f'<th scope="col">{escape(text)}</th>' for text in head]
+    lines += [f'<th scope="col"><span>{escape(text)}</span></th>' for text in head]
     lines.append("</tr></thead><tbody>")
     for row in table.rows:
         lines.append(f'<tr><th scope="row">{breakable(row)}</th>')
