@@ -86,6 +86,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.detectors.base import resolve_device
     from ganomaly_plugin.executors.choose import Where, make_executor
+    from ganomaly_plugin.files import as_path
     from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.commands import tell
     from ganomaly_plugin.report.frame import runs_frame
@@ -111,7 +112,7 @@ def run(options: Any) -> int:
     check_loggers(options.logger or ())
     splits: dict[str, str] = {}
     jobs = expand(experiment, splits)
-    out = Path(experiment.out)
+    out = as_path(experiment.out)
     if options.dry_run:
         plan = make_plan(jobs, Store(out) if Store.marker_of(out).is_file() else None, retry_failed=options.retry_failed)
         return _print_plan(plan, out)

@@ -14,14 +14,17 @@ _LITTER = 3600.0  # seconds after which a part of a file is nobody's work any mo
 
 
 def as_path(path: object) -> Path:
-    """`path` as a Path.
+    """`path` as a Path; `~` at its start is the home folder, which not every shell says: `--out=~/results`.
 
     Raises:
-        InvalidInput: It is neither text nor a Path.
+        InvalidInput: It is neither text nor a Path, or there is no such home folder.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(f"A path must be text or a Path, got {path!r}.")
-    return Path(path)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidInput(f"There is no home folder {Path(path).parts[0]} for {path}. Write the folder out.") from error
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -50,7 +50,7 @@ class Store:
     @staticmethod
     def marker_of(folder: str | os.PathLike[str]) -> Path:
         """The file that makes `folder` a results folder."""
-        return Path(folder) / MARKER
+        return as_path(folder) / MARKER
 
     def _create(self, marker: Path) -> None:
         try:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.registry import is_registered
 
 
@@ -60,7 +61,8 @@ def check_own_words(given: Mapping[str, object], words: Sequence[str]) -> None:
 
 def check_out(out: str, configs: Iterable[str], name: str = "out") -> None:
     """Raise InvalidInput when `out`, a config's `name`, lies neither below the working directory nor beside the config."""
-    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links that the user made, to a larger disk say
+    # resolve() would follow links that the user made, to a larger disk say.
+    target = Path(os.path.abspath(as_path(out)))  # noqa: PTH100
     places = [Path.cwd(), *(Path(os.path.abspath(config)).parent for config in configs)]  # noqa: PTH100
     if not any(place in target.parents for place in places):
         raise InvalidInput(

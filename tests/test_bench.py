@@ -663,6 +663,15 @@ def test_a_record_names_no_folders_of_its_machine(word: str, kept: str) -> None:
     assert provenance.without_folders(str(Path.cwd() / "out" / "x")) == "out/x"
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ("run", "--models=pca", "--datasets=digits", "--classes=0")
+    assert bench(*words, "--out=~/out")[0] == bench("report", "~/out", "--out=~/page.html")[0] == 0
+    assert data_root("~/data") == tmp_path / "data" and {"out", "page.html"} <= {path.name for path in tmp_path.iterdir()}
+    code, _, stderr = bench(*words, "--out=~nouser/out")
+    assert code == 2 and "There is no home folder ~nouser for ~nouser/out. Write the folder out." in stderr
+
+
 def test_a_folder_whose_name_is_no_utf8_takes_results(tmp_path: Path, bench, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run", "--models", "pca", "--datasets", "digits", "--classes", "0", "--out", str(tmp_path / "out\udcff")]
     monkeypatch.setattr(sys, "argv", ["bench", *words])

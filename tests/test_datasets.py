@@ -221,6 +221,17 @@ def test_a_read_only_root_uses_the_users_cache(tmp_path: Path, monkeypatch: pyte
         cache.cache_folder(tmp_path / "nowhere")
 
 
+def test_a_user_without_a_home_folder_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert cache.cache_folder(tmp_path) == tmp_path / ".cache"
+    with pytest.raises(InvalidInput, match=r"no home folder .* Set XDG_CACHE_HOME"):
+        cache.cache_folder(tmp_path / "nowhere")
+
+
 def write_elpv(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     lines = []

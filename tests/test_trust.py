@@ -183,7 +183,7 @@ def test_hyperparameters_import_nothing(hostile) -> None:
     assert not RAN.exists()
 
 
-@pytest.mark.parametrize("out", ["../escaped", "a/../../escaped", "/tmp/escaped-from-a-config", "..", "."])
+@pytest.mark.parametrize("out", ["../escaped", "a/../../escaped", "/tmp/escaped-from-a-config", "~/escaped", "..", "."])
 def test_a_config_writes_nowhere_else(tmp_path: Path, bench, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "configs").mkdir()
@@ -195,9 +195,10 @@ def test_a_config_writes_nowhere_else(tmp_path: Path, bench, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["configs", "here", "sweep.yaml"]
     assert bench("run", "--config", config, "--out", "../mine", "--dry-run")[0] == 0
     assert on_command_line("--slurm-folder", ["run", "--slurm_folder=x"]) and not on_command_line("--out", ["--outer", "out"])
-    config.write_text("models: [pca]\ndatasets: [digits]\nslurm_folder: /elsewhere\n")
-    code, _, stderr = bench("run", "--config", config, "--dry-run")
-    assert code == 2 and "The config's slurm_folder is '/elsewhere'" in stderr
+    for folder in ("/elsewhere", "~/elsewhere"):
+        config.write_text(f"models: [pca]\ndatasets: [digits]\nslurm_folder: {folder}\n")
+        code, _, stderr = bench("run", "--config", config, "--dry-run")
+        assert code == 2 and f"The config's slurm_folder is '{folder}'" in stderr
     assert "The config's" not in bench("run", "--config", config, "--slurm_folder", "/elsewhere", "--dry-run")[2]
     monkeypatch.setenv("HOME", "/home/user")
     config.write_text("models: [pca]\ndatasets: [digits]\nslurm_folder: ~/.ssh\n")

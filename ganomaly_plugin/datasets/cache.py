@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, one_line
-from ganomaly_plugin.files import atomic_write, locked
+from ganomaly_plugin.files import as_path, atomic_write, locked
 
 _PIECE = 1 << 20
 
@@ -25,9 +25,11 @@ def cache_folder(root: Path) -> Path:
     Raises:
         InvalidInput: Neither can be written.
     """
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ganomaly_plugin"
-    places = [root / ".cache", user] if root.is_dir() and os.access(root, os.W_OK) else [user]
-    reason = ""
+    places, reason = [root / ".cache"] if root.is_dir() and os.access(root, os.W_OK) else [], ""
+    try:
+        places.append(as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ganomaly_plugin")
+    except InvalidInput as error:  # the user has no home folder, as in some containers
+        reason = one_line(error)
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from ganomaly_plugin.datasets.decode import SUFFIXES, BadImage
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem, load_listing, stamped
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import printable, storable
+from ganomaly_plugin.files import as_path
 
 NORMAL, ANOMALY = "good", "anomaly"
 _LAYOUTS = (
@@ -75,10 +76,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     """
     if defects not in ("together", "each"):
         raise InvalidInput(f"defects must be together or each, got {defects!r}.")
-    try:
-        base = Path(path).expanduser()
-    except RuntimeError as error:
-        raise InvalidInput(f"There is no home folder {Path(path).parts[0]} for folder:{path}. Write the folder out.") from error
+    base = as_path(path)
     if not base.is_dir() and (root / base).is_dir():
         base = root / base
     if not base.is_dir():

@@ -24,6 +24,7 @@ from ganomaly_plugin.executors.slurm_node import NodeTask, Packed, fingerprint
 from ganomaly_plugin.executors.slurm_queue import how_it_ended, largest_array, queue
 from ganomaly_plugin.executors.submissions import Submission, Submissions
 from ganomaly_plugin.executors.tries import Lost, Tries
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.store import Store
 
 _LOOK = 1.0  # seconds between looks at the results folder
@@ -96,8 +97,8 @@ def private_folder(results: Path, asked: str | None) -> Path:
     Raises:
         InvalidInput: It is not.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(asked).expanduser().resolve() if asked else cache.resolve() / "ganomaly_plugin" / "slurm"
+    cache = as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = as_path(asked).resolve() if asked else cache.resolve() / "ganomaly_plugin" / "slurm"
     if folder.is_relative_to(results.resolve()):
         raise InvalidInput(f"--slurm-folder must not be inside the results folder, got {folder}: it holds pickles.")
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import CannotStore, InvalidInput, check_known
 from ganomaly_plugin.escape import printable
+from ganomaly_plugin.files import as_path
 from ganomaly_plugin.report.frame import runs_frame
 from ganomaly_plugin.report.measures import METRICS, check_fpr, check_metrics, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
@@ -128,7 +128,7 @@ def plot(options: Any) -> int:
     from ganomaly_plugin.report.figures.style import PAPER, Canvas, check_target, save, styled
     from ganomaly_plugin.report.groups import groups
 
-    kind, out = figure_kind(options.kind), Path(options.out)
+    kind, out = figure_kind(options.kind), as_path(options.out)
     check_target(out)
     if not 1 <= options.width <= 30:
         raise InvalidInput(f"width must lie between 1 and 30 inches, got {options.width:g}.")
@@ -148,7 +148,7 @@ def report(options: Any) -> int:
     from ganomaly_plugin.report.html import write_report
 
     results = Results(options.results)
-    out = Path(options.out) if options.out else results.store.folder / "report.html"
+    out = as_path(options.out) if options.out else results.store.folder / "report.html"
     size = write_report(results, out)
     print(f"report in {out} ({size / 1e6:.1f} MB)")
     return 0

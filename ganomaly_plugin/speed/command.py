@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import InvalidInput, check_known
-from ganomaly_plugin.files import atomic_write, check_writable
+from ganomaly_plugin.files import as_path, atomic_write, check_writable
 from ganomaly_plugin.hparams import default_hparams
 from ganomaly_plugin.provenance import cpu_name, versions
 from ganomaly_plugin.recipe import Precision
@@ -58,7 +57,7 @@ def run_speed(options: Any) -> int:
         if part:
             print("\n".join(["", title, *_table(part, options.repeats)]), flush=True)
         if options.out and rows:
-            atomic_write(Path(options.out), _csv(rows, common).encode())
+            atomic_write(as_path(options.out), _csv(rows, common).encode())
 
     if "training" in options.measure:
         for selection in selections:
@@ -102,7 +101,7 @@ def _check(options: Any) -> None:
     if options.dataset and options.channels:
         raise InvalidInput("--channels is of random pixels; images of a --dataset have their own. Leave one of them out.")
     if options.out:
-        check_writable(Path(options.out))
+        check_writable(as_path(options.out))
 
 
 def _completed(selection: Selection, options: Any) -> Selection:
