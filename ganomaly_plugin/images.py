@@ -34,11 +34,7 @@ def check_images(images: Any, *, chw: tuple[int, int, int] | None = None) -> Ten
     else:
         try:
             array = np.asarray(images)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # a list of several sizes, say
+        except (RuntimeError, TypeError, ValueError) as error:  # a list of several sizes, say
             raise InvalidInput(
                 f"Images are a {type(images).__name__} that makes no array: {one_line(error)} {_ALLOWED}."
             ) from error

@@ -211,7 +211,10 @@ class BaseDetector(ABC):
 
 def _array(values: Any) -> Any:
     """A tensor of any device or type, also one with gradients, as NumPy takes it; all else as it is."""
-    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def resolve_device(device: str) -> torch.device:
