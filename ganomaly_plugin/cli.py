@@ -166,7 +166,7 @@ def _add_sys_info(parser: Any) -> None:
 
 
 def _add_ls(parser: Any) -> None:
-    parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all)")
+    parser.add_argument("pattern", nargs="?", type=str, help="shell pattern of names (default: all); one name: its options")
 
 
 def _add_test(parser: Any) -> None:
@@ -214,7 +214,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "report": (_add_report, "make one HTML page of a results folder, to open from disk"),
     "merge": (_add_merge, "make one results folder out of several, where their rows compare"),
     "diff": (_add_diff, "say how two results folders differ, and why"),
-    "ls": (_add_ls, "list detectors, data sets and protocols"),
+    "ls": (_add_ls, "list detectors, data sets and protocols, or the options of one"),
     "test": (_add_test, "run the conformance suite on a detector, built in or your own"),
     "data": (_add_data, "list, check or get data sets"),
     "verify": (_add_verify, "replay a recording of the authors' GANomaly and compare every number"),

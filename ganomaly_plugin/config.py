@@ -14,7 +14,7 @@ from ganomaly_plugin.core import Job
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
 from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput, nearest, unknown
 from ganomaly_plugin.hparams import (
     canonical_hparams,
     check_recordable,
@@ -235,9 +235,9 @@ def select_models(experiment: Experiment) -> list[Model]:
             models.append(model)
     left = set(experiment.hparams) - used
     if left:
-        raise InvalidInput(
-            f"No selected model has a hyperparameter {min(left, key=str)!r}. Set it on the model: name[key=value]."
-        )
+        name, known = min(left, key=str), {key for model in models for key in default_hparams(model.cls)}
+        todo = "bench ls NAME shows those of a model."
+        raise InvalidInput(f"No selected model has a hyperparameter {name!r}.{nearest(name, known)} {todo}")
     return models
 
 

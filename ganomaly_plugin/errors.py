@@ -65,11 +65,16 @@ def check_known(kind: str, name: object, known: Collection[str], *, todo: str = 
 def unknown(kind: str, name: object, known: Iterable[str], *, todo: str = "") -> InvalidInput:
     """The error for a name that is not among `known`, with the nearest known name first."""
     names = sorted(known)
-    lower = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
+    hint = nearest(name, names)
     rest = f" {todo}" if todo else ""
     parts = str(name).split()
     if len(parts) > 1 and set(parts) <= set(names):
         hint = f" Put commas between names, and no spaces: {','.join(parts)}."
     return InvalidInput(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.{rest}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """` Did you mean 'that'?` with the nearest of `known`, however its letters are written; nothing where none is near."""
+    names = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(str(name).casefold(), names, n=1, cutoff=0.5)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""

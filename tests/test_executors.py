@@ -445,7 +445,7 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"executor": "lokal"}, "--executor must be inline.*got 'lokal'. Did you mean local"),
+        ({"executor": "lokal"}, "--executor must be inline.*got 'lokal'. Did you mean 'local'"),
         ({"executor": "inline", "timeout": 3.0}, "--timeout is for --executor local.*, not inline"),
         ({"executor": "inline", "jobs_per_device": 3}, "--jobs-per-device is for --executor local, not inline"),
         ({"partition": "gpu"}, "--partition is for --executor slurm, not local"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.core import Executor
-from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.errors import InvalidInput, nearest
 from ganomaly_plugin.executors.inline import InlineExecutor
 from ganomaly_plugin.executors.local import LocalExecutor, local_slots
 from ganomaly_plugin.executors.tries import Lost
@@ -71,9 +70,7 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.kind not in TAKES:
-            near = difflib.get_close_matches(self.kind, TAKES, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InvalidInput(f"--executor must be {_either(TAKES)}, got {self.kind!r}.{hint}")
+            raise InvalidInput(f"--executor must be {_either(TAKES)}, got {self.kind!r}.{nearest(self.kind, TAKES)}")
         for name in self._given():
             if name not in TAKES[self.kind]:
                 takers = [kind for kind, options in TAKES.items() if name in options]
