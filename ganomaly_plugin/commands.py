@@ -114,7 +114,10 @@ def run(options: Any) -> int:
     jobs = expand(experiment, splits)
     out = as_path(experiment.out)
     if options.dry_run:
-        plan = make_plan(jobs, Store(out) if Store.marker_of(out).is_file() else None, retry_failed=options.retry_failed)
+        there = Store(out) if Store.marker_of(out).is_file() else None
+        plan = make_plan(jobs, there, retry_failed=options.retry_failed)
+        if there is not None:
+            check_unchanged(plan, there, splits)
         return _print_plan(plan, out)
     store = Store(out.absolute(), create=True)  # wherever a job may go
     plan = make_plan(jobs, store, retry_failed=options.retry_failed)

@@ -622,8 +622,8 @@ def test_a_folder_that_changed_is_neither_taken_for_done_nor_mixed(tmp_path: Pat
     assert bench(*words)[0] == 0 and bench(*words)[0] == 0
     save(base / "train/0.normal/9.png", 99)
     _load_cached.cache_clear()  # which another process would not have
-    for seeds in ("0", "0-1"):
-        code, stdout, err = bench(*words, "--seeds", seeds)
+    for more in (["--seeds", "0"], ["--seeds", "0-1"], ["--dry-run"]):
+        code, stdout, err = bench(*words, *more)
         assert code == 2 and stdout == "" and err.count("\n") == 1
         assert "has changed: 1 of 1 finished jobs are of other images" in err and "delete their records, such as" in err
     other = [*words[:2], "pca", *words[3:]]  # before it is trained
