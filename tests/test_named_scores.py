@@ -152,6 +152,19 @@ def test_tables_show_all_scores_side_by_side(bench, results):
     assert json.loads(bench("tables", results, "--format", "json")[1])  # the plain tables are as they were
 
 
+def test_models_that_score_otherwise_share_no_row(bench, tmp_path):
+    names = ["ganomaly", "ganomaly[score_by=combined]"]  # the second one holds images out of its training
+    made = [outcome(name, shift=shift) for name, shift in zip(names, (0.0, 3.0), strict=True)]
+    for each in made:
+        each.arrays.update({f"{kind}score.latent": each.arrays[f"{kind}score"] for kind in ("", "reference_")})
+    code, table, err = bench("tables", fill(tmp_path / "out", made).folder, "--scores", "all", "--format", "json")
+    assert code == 0, err
+    rows = {row["detector"]: row["cells"]["mean"]["mean"] for row in json.loads(table)[0]["rows"]}
+    truth = made[0].arrays["is_anomaly"]
+    shown = ["ganomaly[score_by=latent]", '"ganomaly[score_by=combined]"[score_by=latent]']
+    assert rows == {name: pytest.approx(auroc(truth, each.arrays["score"])) for name, each in zip(shown, made, strict=True)}
+
+
 def test_a_label_that_cannot_be_read_has_scores_too(bench, tmp_path):
     names = ["mod:Cls[mode=*.png]", "mod:Cls[mode=a, b]", "x[y]"]
     made = [outcome(name) for name in names]

@@ -11,7 +11,7 @@ from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.metrics import COMBINED, REFERENCE_PREFIX, SCORE_PREFIX
 from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, measure
-from ganomaly_plugin.selection import parse_label, show
+from ganomaly_plugin.selection import Selection, parse_label, show
 from ganomaly_plugin.store import Store
 
 ALL = "all"
@@ -55,6 +55,9 @@ def _with_score(
     takes = {key: METRICS[key].measure for key in {"auroc", "auprc", *metrics} if METRICS[key].measure is not None}
     chosen = {**arrays, "score": arrays[SCORE_PREFIX + name], "reference_score": arrays[REFERENCE_PREFIX + name]}
     measured = measure(chosen, {key: take for key, take in takes.items() if take is not None}, fpr)
-    label = parse_label(record.job.label or record.job.detector)
+    own = record.job.label or record.job.detector
+    label = parse_label(own)
+    if "score_by" in label.options:  # another model than the one without, which may have been trained on more images
+        label = Selection(own)
     job = replace(record.job, label=show(label.name, {**label.options, "score_by": name}))
     return replace(record, job=job, metrics=measured)
