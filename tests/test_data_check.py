@@ -54,6 +54,7 @@ def test_leaks_duplicates_and_conflicts_are_told_apart(tmp_path: Path) -> None:
     assert report.duplicates == [["train 5", "train 6", "train 7"]]
     assert report.conflicts == [["train 5", "train 6", "train 7"]]
     assert report.counts == {"leaked": 1, "repeated": 2}
+    assert check("cifar10", tmp_path, image_size=1) == report  # images are equal as they are stored
     text = "\n".join(report.lines())
     assert "in both train and test (leakage): 1 test images" in text
     assert "train 3 = test 0" in text

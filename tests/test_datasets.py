@@ -204,8 +204,11 @@ def test_checksums_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = cache.remembered_digests([path], tmp_path)[path]
     assert first["md5"] == "900150983cd24fb0d6963f7d28e17f72"  # RFC 1321
     assert first["sha256"].startswith("ba7816bf8f01cfea")  # FIPS 180-2
-    monkeypatch.setattr(cache, "file_digest", lambda _: {"sha256": "new", "md5": "new"})
+    monkeypatch.setattr(cache, "file_digest", lambda _: {"sha256": "other", "md5": "other"})
     assert cache.remembered_digests([path], tmp_path)[path] == first
+    os.utime(path, (1e9, 1e9))  # other content may be as long
+    assert cache.remembered_digests([path], tmp_path)[path]["md5"] == "other"
+    monkeypatch.setattr(cache, "file_digest", lambda _: {"sha256": "new", "md5": "new"})
     path.write_bytes(b"abcd")
     assert cache.remembered_digests([path], tmp_path)[path]["md5"] == "new"
     (tmp_path / ".cache/checksums.json").write_text("{damaged")

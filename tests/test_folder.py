@@ -715,3 +715,11 @@ def test_names_of_bad_files_are_printed_without_what_steers_terminals(tmp_path: 
     assert code == 1 and "a?[31m?b.png: not an image" in out
     code, out, _ = bench("data", "ls", f"folder:{base}")
     assert "not usable. " in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("lost", [[], [0], [255, 256, 599], range(0, 600, 2), range(600)])
+def test_what_is_kept_moves_to_the_front_in_order(lost: list[int]) -> None:
+    rows = np.arange(600)
+    kept = np.setdiff1d(rows, lost)
+    imagefiles._compact(rows, kept)
+    np.testing.assert_array_equal(rows[: len(kept)], kept)
