@@ -295,6 +295,14 @@ def test_a_blank_image_survives_normalisation() -> None:
     assert (elpv.normalise_brightness(np.full((1, 1, 4, 4), 9, np.uint8)) == 128).all()
 
 
+def test_no_tested_image_is_set_aside_for_validation() -> None:
+    def taken(root: str = "./datasets/A", val_split_mode: str = "same_as_test", num_workers: int = 8) -> None: ...
+    def its_own(root: str = "./datasets/B", val_split_mode: str = "from_dir", seed: int | None = None) -> None: ...
+
+    assert anomalib_sets._no_extra_splits(taken) == {"val_split_mode": "same_as_test", "num_workers": 0}
+    assert anomalib_sets._no_extra_splits(its_own) == {"seed": 0}
+
+
 def write_mvtecad(root: Path, category: str) -> None:
     for k, name in enumerate(("train/good/0", "train/good/1", "test/good/0", "test/broken/0", "ground_truth/broken/0_mask")):
         path = root / "MVTecAD" / category / f"{name}.png"

@@ -282,6 +282,14 @@ def test_what_is_no_network_is_timed_too_with_its_own_parameters_and_the_memory_
         assert row.peak_memory == pytest.approx(peak_memory(lambda d=detector: d.score(images), CPU), rel=0.05)
 
 
+def test_a_turn_has_as_many_calls_as_warm_ones_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SHORTEST", 0.05)
+    samples = timing.Samples()
+    for seconds in (3.0, 0.5, 0.001, 0.1, 0.2):  # the first calls compile and allocate
+        samples.add(seconds)
+    assert samples.timing() == timing.Timing(0.003, 0.002, 0.004, 2, 50)
+
+
 def test_turns_are_fair() -> None:
     calls: list[str] = []
     tasks = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
