@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,18 @@ def test_turns_are_fair() -> None:
     a, b = (timings[name].burst for name in "ab")
     assert after == ("a" * a + "b" * b) * 6 and timings["a"].repeats == 6
     assert timings["a"].fastest <= timings["a"].median <= timings["a"].slowest
+
+
+def test_a_cycle_ends_when_every_phase_has_had_its_turn() -> None:
+    (stage,) = GanomalyRecipe().stages
+    phases = tuple(replace(phase, every=every) for phase, every in zip(stage.phases, (4, 6), strict=True))
+    assert steps_in_cycle(stage) == 1 and steps_in_cycle(replace(stage, phases=phases)) == 12
+
+
+@pytest.mark.parametrize(("side", "said"), [(32, None), (48, "at 48 pixels the network of 64"), (80, "of 128")])
+def test_what_anomalibs_network_is_larger_than_is_said(side: int, said: str | None) -> None:
+    engine = AnomalibEngine(GanomalyRecipe(), Setting(torch.zeros(2, 1, side, side, dtype=torch.uint8), CPU))
+    assert engine.remark is None if said is None else said in str(engine.remark)
 
 
 def test_the_plain_step_is_a_training_step() -> None:
