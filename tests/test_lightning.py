@@ -77,6 +77,29 @@ def test_a_copy_trains_as_its_original(name: str) -> None:
     assert copied.keys() == original.keys() and all(torch.equal(copied[key], original[key]) for key in original)
 
 
+def test_a_loss_that_is_no_number_is_told_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ganomaly_plugin.training.lightning_replay import fit_batches
+
+    def step(trainer: PlainTrainer, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        trainer.steps += 1
+        return {"reconstruction": torch.tensor(torch.nan if trainer.steps == 5 else 1.0)}
+
+    monkeypatch.setattr(PlainTrainer, "step", step)
+    module = small("Autoencoder", channels=1, pre_processor=False)
+    with pytest.raises(Diverged, match=r"'reconstruction' of stage 'train' is nan at step 5\."):
+        fit_batches(module, torch.from_numpy(blobs(12)).split(4), CPU, epochs=2)  # three batches each
+
+
+def test_calibration_remembers_no_more_images_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ganomaly_plugin.training import lightning
+    from ganomaly_plugin.training.lightning_replay import fit_batches
+
+    monkeypatch.setattr(lightning, "CALIBRATION_LIMIT", 6)
+    module = small("Ganomaly", channels=1, pre_processor=False, score_by="combined")
+    fit_batches(module, torch.from_numpy(blobs(20)).split(4), CPU)
+    assert [len(each) for each in module._seen] == [4, 4]
+
+
 def test_lightning_averages_the_weights_of_a_copy(tmp_path: Path, parts: Any) -> None:
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
