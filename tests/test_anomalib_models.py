@@ -58,6 +58,29 @@ def test_scores_are_raw_and_do_not_depend_on_the_other_images() -> None:
     np.testing.assert_allclose(detector.score(images), raw.double().numpy(), rtol=1e-5)
 
 
+def test_an_input_range_is_what_black_and_white_become() -> None:
+    detector: Any = make_detector("anomalib:Padim", image_size=16, input_range=(-1.0, 3.0))
+    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 20, 20)
+    seen = detector._pre_processor(None).transform(black_and_white)
+    torch.testing.assert_close(seen, torch.tensor([-1.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16))
+
+
+def test_a_model_of_maps_alone_scores_by_the_largest() -> None:
+    maps = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]])
+    found = SimpleNamespace(pred_score=None, anomaly_map=maps)
+    assert make_detector("anomalib:Padim")._of(found, "score", (4, 4)).tolist() == [1.0, 0.5]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "changes"), [("Padim", {"pre_trained": False}), ("Ganomaly", {})])
+def test_a_file_is_read_without_a_download(name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    detector: Any = make_detector(f"anomalib:{name}")
+    made = []
+    monkeypatch.setattr(type(detector), "_build", lambda self, **given: made.append(given) or torch.nn.Linear(1, 1))
+    state = {"model": torch.nn.Linear(1, 1).state_dict(), "has_anomaly_map": True}
+    detector._load_state(state, torch.device("cpu"))
+    assert made == [changes] and detector.has_anomaly_map
+
+
 def test_padim_has_maps_of_the_images_size_and_ganomaly_none() -> None:
     images = blobs(8)
     detector = make_detector("anomalib:Padim", **PADIM).fit(images)

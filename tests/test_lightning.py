@@ -306,6 +306,24 @@ def parts(tmp_path: Path) -> Any:
     return Folder(name="parts", root=write_folder(tmp_path / "parts"), **dirs, **batches, val_split_mode="from_test", seed=0)
 
 
+def test_a_fit_goes_on_with_the_random_numbers_that_come_next(tmp_path: Path, parts: Any) -> None:
+    from lightning.pytorch import Callback
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append((module._loop.draws.get_state(), module._loop.redraws.get_state()))
+
+    options, seen = {"redraw_below": 1e9}, list[Any]()  # at each step
+    engine(tmp_path / "a", max_epochs=1).fit(small("Ganomaly", **options), datamodule=parts)
+    checkpoint = next((tmp_path / "a").rglob("*.ckpt"))
+    saved = torch.load(checkpoint, weights_only=True)["ganomaly_plugin"]
+    assert not torch.equal(saved["redraws"], torch.Generator().manual_seed(0).get_state())
+    engine(tmp_path / "b", max_epochs=2, callbacks=[Look()]).fit(
+        small("Ganomaly", **options), datamodule=parts, ckpt_path=checkpoint
+    )
+    assert torch.equal(seen[0][0], saved["draws"]) and torch.equal(seen[0][1], saved["redraws"])
+
+
 def test_a_fit_goes_on_from_the_end_of_an_epoch_only(tmp_path: Path, parts: Any) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
