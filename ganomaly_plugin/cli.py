@@ -320,9 +320,10 @@ def _check_config(path: Path) -> None:
         raise InvalidInput(f"The config {path} has the alias *{alias}. Write out what it stands for.")
     if not isinstance(content, dict) or all(value is None for value in content.values()):
         raise InvalidInput(f"The config {path} sets no option. Give YAML such as models: ganomaly.")
-    command = next((name for name in COMMANDS if isinstance(content.get(name), dict)), None)
-    if command is not None:
-        raise InvalidInput(f"The config {path} has its options below {command}:. Put them at the top level.")
+    if isinstance(content.get("run"), dict):
+        raise InvalidInput(f"The config {path} has its options below run:. Put them at the top level.")
+    if isinstance(content.get("model"), dict):
+        raise InvalidInput(f"The config {path} is for anomalib train. For bench run write models: anomalib:Ganomaly, say.")
 
 
 def _check_flags(command: str, options: Any) -> None:
@@ -374,10 +375,9 @@ def _readable(error: Exception, words: Sequence[str]) -> str:
         return f"--{wrong[1].split('.')[-1]} must be {_TYPE_NAMES.get(wrong[2], wrong[2])}, got {wrong[3]}.{quotes}"
     missing = re.search(r"Option '\w+\.(\w+)' is required", text)
     if missing and command:
-        actions = _options_of(command)
-        name = next(iter(actions)) if actions[missing[1]].nargs == "*" else missing[1]  # what may be left out is not missing
-        action = actions[name]
-        text = f"bench {command} wants {''.join(action.option_strings[:1]) or name.upper()}: {action.help}"
+        first, *others = _options_of(command).values()
+        action = next((each for each in others if each.dest == missing[1] and each.nargs != "*"), first)  # "*" may be left out
+        text = f"bench {command} wants {''.join(action.option_strings[:1]) or action.dest.upper()}: {action.help}"
     return f"{text.rstrip('.')}. See bench {f'{command} ' if command else ''}--help."
 
 

@@ -335,6 +335,7 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("# nothing yet\n", "sets no option"),
         ("models:\n", "sets no option"),
         ("run:\n  models: ae\n", "has its options below run:. Put them at the top level"),
+        ("model:\n  class_path: anomalib.models.Ganomaly\ndata: {}\n", "is for anomalib train. For bench run write models:"),
         ("models: pca\ndry_run: 'false'\n", "--dry_run must be true or false, got 'false'"),
         ("models: pca\nfail_fast: 3\n", "--fail_fast must be true or false, got 3"),
         ("models: pca\nclasses: ['0,1']\n", "Unknown class '0,1'"),
