@@ -281,7 +281,6 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--hparams", "depth=3"], "No selected model has a hyperparameter 'depth'"),
         (["run", "--models", "ae", "--hparams", "fetures=3"], "a hyperparameter 'fetures'. Did you mean 'features'"),
         (["run", "--models", "pca", "--precision", "bf16"], "hyperparameter 'precision'. bench ls NAME shows"),
-        (["run", "--models", "PCA"], "Did you mean 'pca'"),
         (["run", "--models", "pca", "--executor", "SLURM"], "Did you mean 'slurm'"),
         (["run", "--models", "ganomaly", "--device", "cuda:99"], "cuda"),
         (["run", "--modles", "ganomaly"], "Did you mean 'models'"),
