@@ -272,12 +272,8 @@ def parse(words: Sequence[str]) -> Any:
             _check_config(Path(path))
         # Behind the command: the parser lets the later word win, wherever a config stood.
         arguments = build_parser().parse_args([*others[:1], *(f"--config={path}" for path in configs), *others[1:]])
-        options = arguments[arguments.command]
         if configs:
-            _check_flags(arguments.command, options)
-        for name in ("out", "slurm_folder"):  # no shell has seen the ~ of a config, or of --out=~/x
-            if options.get(name):
-                options[name] = os.path.expanduser(options[name])  # noqa: PTH111 - leaves ~nobody as it is
+            _check_flags(arguments.command, arguments[arguments.command])
         return arguments
     except (ArgumentError, BenchError, RecursionError, OSError):
         raise

@@ -220,12 +220,6 @@ def test_config_file_with_the_command_line_on_top(bench, tmp_path: Path) -> None
     assert bench("run", "--dry-run", "--config")[0] == 2
 
 
-def test_a_tilde_is_the_home_folder_also_where_no_shell_sees_it(bench, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"(in {tmp_path}/out)" in bench("run", "--models", "pca", "--out=~/out", "--dry-run")[1]
-    assert data_root("~/data") == tmp_path / "data" and data_root("~nobody-here/data") == Path("~nobody-here/data")
-
-
 def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
     keys = set()
     for models in ("ganomaly", "ganomaly[features=64]", "ganomaly[epochs=15,lr=2e-4]"):

@@ -79,7 +79,7 @@ class ImageDataset:
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The folder data sets are read from: `root`, else $GANOMALY_DATA_ROOT, else ./datasets."""
-    return Path(os.path.expanduser(as_path(root or os.environ.get(ROOT_VARIABLE) or "datasets")))  # noqa: PTH111 - see ~nobody
+    return as_path(root or os.environ.get(ROOT_VARIABLE) or "datasets")
 
 
 def default_options(name: str) -> dict[str, Any]:
