@@ -86,7 +86,7 @@ class LiveView(Follower):
         """The picture of a given moment: a heading, the cells, the running jobs."""
         height = self.console.height - 2
         lines = min(len(running), MOST_RUNNING, max(1, height // 3))
-        below = [self._running(running, lines, took, now)] if running else []
+        below = self._running(running, lines, took, now) if running else []
         room = height - 2 - (lines + 2 if running else 0)
         return Group(self._heading(records, running, took, now), *self._cells(records, running, room), *below)
 
@@ -116,7 +116,7 @@ class LiveView(Follower):
                 if all(Measurement.get(self.console, unbounded, grid).maximum <= self.console.width for grid in grids):
                     titles = [Text(title, style="italic", no_wrap=True, overflow="ellipsis") for title in self.groups]
                     return [part for pair in zip(titles, grids, strict=True) for part in pair]
-        return [self._summary(records, running, room)]
+        return self._summary(records, running, room)
 
     def _grid(
         self,
@@ -153,16 +153,17 @@ class LiveView(Follower):
             text.append(f"{at_work[0].share:.0%}" if alone else _RUNNING, style="cyan")
         return text or Text(_WAITING, style="dim")
 
-    def _summary(self, records: dict[str, RunRecord], running: dict[str, Status], room: int) -> Table:
+    def _summary(self, records: dict[str, RunRecord], running: dict[str, Status], room: int) -> list[RenderableType]:
         """One row for each detector and data set; those at work first, then those with failures, and so on."""
         groups: dict[tuple[str, str], list[str]] = {}
         for slug, job in self.jobs.items():
             groups.setdefault(kind_of(job), []).append(slug)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("detector", no_wrap=True, overflow="ellipsis", ratio=1)
-        for name in ("data set", "done", "failed", "running", "AUROC so far"):
-            table.add_column(name, no_wrap=True, justify="left" if name == "data set" else "right")
-        rows = []
+        for name in ("detector", "data set"):
+            table.add_column(Text(name, no_wrap=True, overflow="ellipsis"))  # these give way where there is little room
+        for name in ("done", "failed", "running", "AUROC"):
+            table.add_column(name, no_wrap=True, justify="right")
+        rows: list[tuple[tuple[bool, ...], list[RenderableType]]] = []
         for kind, slugs in groups.items():
             there = [records[slug] for slug in slugs if slug in records]
             values = [record.metrics["auroc"] for record in there if record.status == "done"]
@@ -171,17 +172,18 @@ class LiveView(Follower):
             urgency = (not at_work, not failed, len(there) == len(slugs))
             mean = f"{statistics.mean(values):.3f}" if values else ""
             shown = (f"{len(values)}/{len(slugs)}", f"[red]{failed}[/red]" if failed else "", str(at_work or ""), mean)
-            rows.append((urgency, (escape(kind[0]), escape(kind[1]), *shown)))
+            names = (Text(printable(name), no_wrap=True, overflow="ellipsis") for name in kind)
+            rows.append((urgency, [*names, *shown]))
         if len(rows) > max(1, room - 1):
             rows.sort(key=lambda row: row[0])
         for _, row in rows[: max(1, room - 2)] if len(rows) > room - 1 else rows:
             table.add_row(*row)
         hidden = len(rows) - table.row_count
-        if hidden:
-            table.add_row(f"… and {hidden} more rows", style="dim")
-        return table
+        return [table, _more(f"{hidden} more rows")] if hidden else [table]
 
-    def _running(self, running: dict[str, Status], lines: int, took: list[tuple[Job, float]], now: float) -> Table:
+    def _running(
+        self, running: dict[str, Status], lines: int, took: list[tuple[Job, float]], now: float
+    ) -> list[RenderableType]:
         """One row a running job, the oldest first; as many losses as there is room for."""
         known, _ = expected_seconds(took, [(self.jobs[slug], status) for slug, status in running.items()], now)
         units = {status.unit for status in running.values() if status.total}
@@ -196,6 +198,7 @@ class LiveView(Follower):
             left = clock(job_left(status, known.get(kind_of(job)), now))
             rows.append((name, total, rate, clock(now - status.started), left))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths[0] = max(8, min(widths[0], self.console.width - sum(widths[1:]) - 2 * len(widths)))
         room = self.console.width - sum(widths) - 2 * (len(widths) + 1)
         losses = ["losses", *(losses_text(status, room) for _, status in statuses)]
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, row_styles=["dim", *[""] * len(statuses)])
@@ -205,9 +208,8 @@ class LiveView(Follower):
             table.add_column(no_wrap=True, overflow="ellipsis")
         for row, text in zip(rows, losses, strict=True):
             table.add_row(*map(escape, [*row, text] if any(losses[1:]) else row))
-        if len(running) > len(statuses):
-            table.add_row(f"… and {len(running) - len(statuses)} more", style="dim")
-        return table
+        hidden = len(running) - len(statuses)
+        return [table, _more(f"{hidden} more")] if hidden else [table]
 
 
 def _groups(jobs: dict[str, Job]) -> dict[str, Cells]:
@@ -224,6 +226,11 @@ def _groups(jobs: dict[str, Job]) -> dict[str, Cells]:
         if category not in classes:
             classes.append(category)
     return found
+
+
+def _more(what: str) -> Text:
+    """The line below a table that leaves some rows out."""
+    return Text(f"… and {what}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def shortened(text: str, length: int) -> str:
