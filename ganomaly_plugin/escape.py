@@ -36,6 +36,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
+def clip(text: str, most: int = 34) -> str:
+    """`text`, its middle left out when it is long."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"
+
+
 def storable(text: str) -> str:
     """`text` for a record: what is no text of UTF-8, as in some file names, becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ganomaly_plugin.core import Job, RunRecord, canonical_json
-from ganomaly_plugin.escape import printable
+from ganomaly_plugin.escape import clip, printable
 from ganomaly_plugin.estimate import clock, expected_seconds, job_left, kind_of, sweep_left
 from ganomaly_plugin.progress import Follower, describe
 from ganomaly_plugin.report.frame import split_category
@@ -187,7 +187,7 @@ class LiveView(Follower):
         """One row a running job, the oldest first; as many losses as there is room for."""
         known, _ = expected_seconds(took, [(self.jobs[slug], status) for slug, status in running.items()], now)
         units = {status.unit for status in running.values() if status.total}
-        rows = [("running", "/".join(sorted(units)), "images/s", "so far", "left")]
+        rows: list[tuple[str, ...]] = [("running", "/".join(sorted(units)), "images/s", "so far", "left")]
         statuses = sorted(running.items(), key=lambda item: item[1].started)[:lines]
         for slug, status in statuses:
             job = self.jobs[slug]
@@ -201,6 +201,7 @@ class LiveView(Follower):
         widths[0] = max(8, min(widths[0], self.console.width - sum(widths[1:]) - 2 * len(widths)))
         room = self.console.width - sum(widths) - 2 * (len(widths) + 1)
         losses = ["losses", *(losses_text(status, room) for _, status in statuses)]
+        rows = [(clip(name, widths[0]), *figures) for name, *figures in rows]
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, row_styles=["dim", *[""] * len(statuses)])
         for k, width in enumerate(widths):
             table.add_column(width=width, no_wrap=True, overflow="ellipsis", justify="right" if k else "left")

@@ -109,7 +109,7 @@ def test_figures_stay_where_names_are_longer_than_the_terminal(tmp_path: Path) -
     lines = picture(jobs, [done(each, 0.912) for each in jobs[:3]], {jobs[3].slug: at_work(1090, 2)}, tmp_path, 40, 24)
     (row,) = (line for line in lines if "3/12" in line and "jobs" not in line)
     assert row.split()[-3:] == ["3/12", "1", "0.912"] and row.startswith("ga")
-    assert any(line.startswith("gan") and "2/4" in line and "812" in line for line in lines)
+    assert any(line.startswith("gan") and "s0 " in line and "2/4" in line and "812" in line for line in lines)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 50), (40, 12), (200, 60)])

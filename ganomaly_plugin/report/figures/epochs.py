@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.escape import markdown_escape
-from ganomaly_plugin.report.figures.legend import clip, clipped, line_style, marker_style, remark
+from ganomaly_plugin.escape import clip, markdown_escape
+from ganomaly_plugin.report.figures.legend import clipped, line_style, marker_style, remark
 from ganomaly_plugin.report.figures.losses import thinned
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ganomaly_plugin.escape import clip
 from ganomaly_plugin.report.figures.style import DASHES, DRAWN, MARKERS, Theme
 from ganomaly_plugin.report.groups import Group
 
@@ -45,11 +46,6 @@ def line_style(k: int, theme: Theme) -> dict[str, Any]:
 def marker_style(k: int, theme: Theme) -> dict[str, Any]:
     """Colour and shape of its points."""
     return {"color": theme.colours[k % DRAWN], "marker": MARKERS[k % DRAWN]}
-
-
-def clip(text: str, most: int = 34) -> str:
-    """`text`, its middle left out when it is long."""
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"
 
 
 def clipped(texts: Sequence[str], most: int = 34) -> list[str]:

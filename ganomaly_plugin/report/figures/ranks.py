@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.escape import clip
 from ganomaly_plugin.report.comparisons import over_data_sets, p_text, without
-from ganomaly_plugin.report.figures.legend import LETTER, clip
+from ganomaly_plugin.report.figures.legend import LETTER
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group, short_names
 from ganomaly_plugin.report.statistics import Friedman
