@@ -222,6 +222,8 @@ def _read_arrays(path: Path, kind: str, digest: str | None, record_path: Path) -
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
+        if not any(path.parent.glob("*.npz")):  # published without them
+            todo = "None are kept there: for more than tables of AUROC and AUPRC, run that sweep with another --out."
         raise CorruptFile(f"The {kind} {path} are missing. {todo}") from error
     except OSError as error:
         raise CorruptFile(f"The {kind} {path} cannot be read ({error.strerror or error}). {_MEND}") from error

@@ -180,6 +180,17 @@ def test_files_that_changed_places_are_refused(tmp_path: Path, bench) -> None:
     assert "renamed or copied" in bench("tables", store.folder)[2]
 
 
+def test_missing_scores_of_one_job_and_of_all(tmp_path: Path) -> None:
+    a, b = outcome("a"), outcome("b")
+    store = fill(tmp_path, [a, b])
+    store.scores_path(a.record.job).unlink()
+    with pytest.raises(CorruptFile, match=r"are missing\. Delete .*json and run again"):
+        store.scores(a.record.job)
+    store.scores_path(b.record.job).unlink()
+    with pytest.raises(CorruptFile, match=r"None are kept there: for more than tables .* with another --out"):
+        store.scores(a.record.job)
+
+
 def test_records_of_format_1_are_held_to_their_scores() -> None:
     folder = PUBLISHED / "mnist_vae"
     path = sorted((folder / "records").glob("*.json"))[0]
