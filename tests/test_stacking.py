@@ -141,7 +141,7 @@ def test_a_model_that_diverges_is_one_failed_record(bench, tmp_path: Path, monke
         ("Spectral", "stacked", "deepcopy"),
         ("Late", "stacked", "draws random numbers of its own"),
         ("Tied", "stacked-grouped", "share weights"),
-        ("Hidden", "stacked-matmul", "Hiding.before differs from model to model, and is no parameter or buffer"),
+        ("Hidden", "stacked-matmul", "Hiding.before differs from model to model, and is not kept as a parameter"),
     ],
 )
 def test_what_turns_out_not_to_stack_runs_one_by_one(bench, tmp_path: Path, name: str, trainer: str, why: str) -> None:

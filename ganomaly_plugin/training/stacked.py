@@ -93,7 +93,7 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
         for (name, mine), (_, other) in zip(first, theirs, strict=False):
             same = torch.equal if isinstance(mine, Tensor) and isinstance(other, Tensor) else np.array_equal
             if not same(mine, other):
-                raise InvalidInput(f"{name} differs from model to model, and is no parameter or buffer")
+                raise InvalidInput(f"{name} differs from model to model, and is not kept as a parameter or buffer")
 
 
 class StackedTrainer:
