@@ -158,6 +158,23 @@ def test_a_trainer_that_fails_is_a_line_and_the_others_are_timed(bench, tmp_path
     assert code == 0 and "captured-streams is not timed: CUDA graphs need a GPU" in out
 
 
+def test_a_trainer_that_fails_in_its_turn_is_a_line_and_the_others_are_timed(bench, tmp_path: Path, monkeypatch) -> None:
+    calls: list[None] = []
+
+    def late() -> None:
+        calls.append(None)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("Tried to allocate 90 GiB")
+
+    monkeypatch.setitem(trainers.TRAINERS, "stacked", lambda *_: trainers.Prepared(late, images=4))
+    words = ["--models", "ae", "--trainers", "stacked,plain", "--peers", "none", "--measure", "training"]
+    words += ["--image-size", 16, "--features", 2, "--batch-size", 4, "--images", 16, "--repeats", 5]
+    code, out, _ = bench("speed", *words, "--out", tmp_path / "speed.csv")
+    assert code == 0 and "ae[batch_size=4,features=2], stacked is not timed: OutOfMemoryError: Tried" in out
+    rows = pd.read_csv(tmp_path / "speed.csv")
+    assert list(rows["trainer"]) == ["plain"] and list(rows["time_ratio_to_first"]) == [1]
+
+
 def test_without_a_ceiling_the_rest_is_timed(bench, tmp_path: Path, monkeypatch) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")

@@ -73,6 +73,12 @@ class _Candidate:
     task: Task | None  # None: the host's loop
     latency: Task | None = None
 
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        detector, trainer = self.fields["detector"], self.fields["trainer"]
+        return f"{detector}, {trainer}" if trainer else f"the scoring of {detector}"
+
 
 def time_training(
     selections: Sequence[Selection],
@@ -256,11 +262,15 @@ def _timed(
     host: tuple[str, AnomalibEngine] | None,
     patience: float = float("inf"),
 ) -> list[Row]:
-    """Time the candidates, and beside them a large copy and a large matrix product in each precision that occurs, in turns."""
+    """Time the candidates, and beside them a large copy and a large matrix product in each precision that occurs, in turns.
+
+    What fails in its turn is a printed line, and the others go on.
+    """
     if not candidates:
         return []
     tasks = {str(k): c.task for k, c in enumerate(candidates) if c.task is not None}
     tasks |= {f"latency {k}": c.latency for k, c in enumerate(candidates) if c.latency is not None}
+    names = {name: candidates[int(name.split()[-1])].name for name in tasks}
     ceiling_flops = {}
     for name in dict.fromkeys(c.fields["precision"] for c in candidates):
         with _said(f"the ceiling in {name}"):
@@ -269,15 +279,22 @@ def _timed(
     copied = 0
     with _said("a copy"):
         tasks["copy"], copied = copying(device)
-    timings = time_in_turns(tasks, device, repeats, host=host, patience=patience)
-    ceilings = {name: flops / timings[f"ceiling {name}"].median for name, flops in ceiling_flops.items()}
+
+    def failed(task: str, error: BaseException) -> None:
+        with _said(names.get(task, task)):
+            raise error
+
+    timings = time_in_turns(tasks, device, repeats, host=host, patience=patience, failed=failed)
+    seconds = {name: timings[f"ceiling {name}"].median for name in ceiling_flops if f"ceiling {name}" in timings}
+    ceilings = {name: ceiling_flops[name] / median for name, median in seconds.items()}
     return [
         Row(
             **c.fields,
             timing=timings[str(k)],
             ceiling=ceilings.get(c.fields["precision"]),
-            bandwidth=copied / timings["copy"].median if copied else None,
+            bandwidth=copied / timings["copy"].median if "copy" in timings else None,
             latency=timings.get(f"latency {k}"),
         )
         for k, c in enumerate(candidates)
+        if str(k) in timings
     ]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ganomaly_plugin.errors import FAULTS
+
 WARM_UP = 3  # calls of each task before any counts
 LONG_WARM_UP = 10.0  # seconds after which no further call is made to warm up
 SHORTEST = 0.05  # seconds: a task that is quicker is called several times in a turn, back to back
@@ -97,8 +99,9 @@ def time_in_turns(
     *,
     host: tuple[str, Host] | None = None,
     patience: float = math.inf,
+    failed: Callable[[str, BaseException], None] | None = None,
 ) -> dict[str, Timing]:
-    """The timing of each task, and of the host's loop, by name.
+    """The timing of each task, and of the host's loop, by name; of one that fails there is none.
 
     Args:
         tasks: What to call.
@@ -106,22 +109,29 @@ def time_in_turns(
         repeats: How many turns count.
         host: The name of a further row, and the loop between whose steps the turns are taken.
         patience: A task that has taken so many seconds in turns that count is left out of the rest.
+        failed: Called with the name and the error of a task that fails; None raises it.
     """
     watch = Stopwatch(device)
     samples = {name: Samples() for name in tasks}
 
     def call(name: str) -> None:
-        watch.start()
-        for _ in range(samples[name].burst):
-            tasks[name]()
-        samples[name].add(watch.stop())
+        try:
+            watch.start()
+            for _ in range(samples[name].burst):
+                tasks[name]()
+            samples[name].add(watch.stop())
+        except FAULTS as error:
+            if failed is None:
+                raise
+            del samples[name]
+            failed(name, error)
 
     for name in tasks:
-        while not samples[name].warm:
+        while name in samples and not samples[name].warm:
             call(name)
 
     def turn() -> None:
-        for name, its in samples.items():
+        for name, its in list(samples.items()):
             if sum(its.seconds) * its.burst <= patience:
                 call(name)
 
