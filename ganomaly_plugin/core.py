@@ -104,7 +104,13 @@ class Job:
     @property
     def title(self) -> str:
         """How messages call the job."""
-        return f"{self.label or self.detector} · {self.dataset} · {self.protocol} · class {self.category} · seed {self.seed}"
+        return f"{self.label or self.detector} · {self.dataset} · {self.protocol} · {self.part} · seed {self.seed}"
+
+    @property
+    def part(self) -> str:
+        """The class in words, after the category of a data set that has some, as MVTec AD does."""
+        category = self.data.get("category")
+        return f"{category} · class {self.category}" if category else f"class {self.category}"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict from which `from_dict` makes the same job."""

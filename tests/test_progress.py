@@ -82,6 +82,12 @@ def test_only_fallbacks_in_words_are_said(fallbacks: object, said: str) -> None:
     assert describe(record) == f"pca · digits · class 0 · seed 0: AUROC 0.900 (10.0 s){said}"
 
 
+def test_a_category_is_said() -> None:
+    bottle = replace(job("pca"), data={"image_size": 16, "category": "bottle"})
+    assert describe(done(bottle)) == "pca · digits · bottle · class 0 · seed 0: AUROC 0.900 (10.0 s)"
+    assert bottle.title == "pca · digits · one-anomalous/strict-v1 · bottle · class 0 · seed 0"
+
+
 def test_seeds_share_a_cell(tmp_path: Path) -> None:
     jobs = [job("ganomaly", c, s) for c in ("0", "1") for s in range(3)]
     records = [done(jobs[0], 0.9), done(jobs[1], 0.8), RunRecord(jobs[2], "failed", error="x"), done(jobs[3], 0.7)]
