@@ -166,16 +166,22 @@ def _faults(made: ImageDataset) -> Iterator[str]:
     n = len(images)
     if not isinstance(labels, np.ndarray) or labels.shape != (n,) or labels.dtype.kind not in "iu":
         yield f"its labels are no array of {n} whole numbers, one an image"
+    defects = () if made.anomaly_classes is None else made.anomaly_classes
+    for part, names in (("classes", classes), ("anomaly_classes", defects)):
+        if not isinstance(names, (tuple, list)):
+            yield f"its {part} are no tuple, but a {type(names).__name__}"
     if not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
         yield f"its classes are not names that differ, but {classes!r}"
     if labels.min() < 0 or labels.max() >= len(classes):
         yield f"its labels span [{labels.min()}, {labels.max()}], and there are {len(classes)} classes, counted from 0"
-    if not set(made.anomaly_classes or ()) <= set(classes):
+    if not set(defects) <= set(classes):
         yield f"its anomaly_classes {made.anomaly_classes!r} are not all among its classes"
     for part, shape in (("is_test", (n,)), ("has_mask", (n,)), ("masks", (n, *images.shape[2:]))):
         array = getattr(made, part)
         if array is not None and (not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != bool):
             yield f"its {part} is no array of bool {shape}"
+    if not isinstance(made.source, Mapping) or recorded_text(dict(made.source)) is None:
+        yield f"its source is no dict of plain finite numbers, text and lists, which a record can hold, but {made.source!r}"
     if made.files is not None and (
         not isinstance(made.files, np.ndarray) or made.files.shape != (n,) or made.files.dtype.kind != "U"
     ):
