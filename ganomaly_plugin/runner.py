@@ -10,7 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from ganomaly_plugin.cell import Cell
@@ -45,25 +47,33 @@ class Settings:
     cuda_graphs: bool = True  # let stacks on a GPU replay their steps as CUDA graphs
 
 
+#: How to read and to set what detectors may change for their whole process, so that others' numbers would depend on the order.
+_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (np.geterr, lambda kinds: np.seterr(**kinds)),
+)
+
+
 @contextlib.contextmanager
 def _surroundings() -> Iterator[None]:
     """Around what a detector does: what it changes for its whole process is put back, for the jobs that come after.
 
     What it prints goes to stderr, since stdout is for tables.
     """
-    folder, process = _here(), os.getpid()
-    dtype, threads, device = torch.get_default_dtype(), torch.get_num_threads(), torch.get_default_device()
+    folder, process, switches = _here(), os.getpid(), [read() for read, _ in _SWITCHES]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         if os.getpid() != process:  # a fork that the job let go on: one of the two is enough
             os._exit(0)
-        torch.set_default_dtype(dtype)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)  # None costs nothing
+        for (read, switch), before in zip(_SWITCHES, switches, strict=True):
+            if read() != before:
+                switch(before)
         if folder is not None and folder != _here():
             with contextlib.suppress(OSError):  # somebody has removed it meanwhile
                 os.chdir(folder)

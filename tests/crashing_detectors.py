@@ -10,6 +10,7 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from faulty_detectors import Sound
 from torch.utils.data import DataLoader
@@ -89,8 +90,10 @@ class Wanders(Sound):
         super()._fit(images, **options)
         os.chdir("/")
         torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(torch.get_num_threads() + 1)
         torch.set_default_device("meta")
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.use_deterministic_algorithms(True)
+        np.seterr(divide="raise")
         print("printed by a detector")
 
 

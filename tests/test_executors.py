@@ -19,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from sweeps import alone, jobs, start, store_in, wait_for
 
+from ganomaly_plugin import runner
 from ganomaly_plugin.claims import Claims, is_alive
 from ganomaly_plugin.core import Chunk, Executor, Outcome
 from ganomaly_plugin.detectors.mean_intensity import MeanIntensity
@@ -126,8 +126,8 @@ def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(
 
 
 def test_what_a_job_does_to_its_process_is_its_own_affair(capsys: pytest.CaptureFixture[str]) -> None:
-    def surroundings() -> tuple[object, ...]:
-        return Path.cwd(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    def surroundings() -> list[object]:
+        return [Path.cwd(), *(read() for read, _ in runner._SWITCHES)]
 
     before = surroundings()
     stack = jobs("crashing_detectors:ExitsAfterTraining[features=2,latent_dim=2]", classes="0,1")
