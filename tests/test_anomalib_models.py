@@ -18,6 +18,7 @@ from ganomaly_plugin.detectors.anomalib_models import _is_model, failed_download
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.selection import Selection, parse_selection
+from ganomaly_plugin.training.plain import PlainTrainer, build_networks
 
 PADIM: dict[str, Any] = {"pre_trained": False, "image_size": 32, "layers": ["layer1"], "n_features": 8}
 DFKDE: dict[str, Any] = {"pre_trained": False, "image_size": 32, "layers": ["layer1"], "n_pca_components": 4}
@@ -46,6 +47,45 @@ def test_every_model_can_be_made_from_its_own_hyperparameters() -> None:
     for name in (name for name in models.__all__ if _is_model(getattr(models.image, name, None), models.AnomalibModule)):
         again = make_detector(f"anomalib:{name}", **make_detector(f"anomalib:{name}").hparams)  # "./x" has become a path
         assert make_detector(f"anomalib:{name}", **again.hparams).hparams == again.hparams
+
+
+def test_the_switches_of_the_ablation_reach_from_our_model_to_the_step_of_anomalibs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anomalib.models.image.ganomaly.loss import DiscriminatorLoss, GeneratorLoss
+    from anomalib.models.image.ganomaly.torch_model import GanomalyModel
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmark_configs" / "anomalib")
+    import ablation
+
+    images, small = blobs(16), {"features": 4, "batch_size": 8}
+    ours, off = (
+        make_detector(name, **small).fit(images, seed=1, epochs=1) for name in ("ganomaly", "ablation:AblatedGanomaly")
+    )
+    np.testing.assert_array_equal(ours.score(images), off.score(images))
+
+    switches = dict.fromkeys(("loss_adv", "loss_enc", "init", "padding", "channels"), "anomalib")
+    recipe = ablation.AblatedGanomaly(**small, **switches, redraw_below=0)
+    networks = build_networks(recipe, (1, 32, 32), seed=0)
+    theirs = GanomalyModel(input_size=(32, 32), num_input_channels=3, n_features=4, latent_vec_size=100).train()
+    with torch.no_grad():
+        for name, network in networks.items():
+            for weight, their in zip(network.parameters(), theirs.get_submodule(name).parameters(), strict=True):
+                weight.copy_(their)
+    trainer = PlainTrainer(recipe, networks, seed=0, device=torch.device("cpu"))
+    adam = [torch.optim.Adam(theirs.get_submodule(name).parameters(), 2e-4, (0.5, 0.999)) for name in networks]
+    for batch in torch.from_numpy(blobs(24, side=32)).split(8):
+        losses = trainer.step(batch)
+        x, x_hat, z, z_hat = theirs(batch.expand(-1, 3, -1, -1))
+        real, fake = (theirs.discriminator(each)[0] for each in (x, x_hat))
+        generator = GeneratorLoss(wadv=1, wcon=50, wenc=1)(z, z_hat, x, x_hat, real, fake)
+        generator.backward(retain_graph=True)
+        adam[0].step()
+        theirs.zero_grad()
+        discriminator = DiscriminatorLoss()(real, theirs.discriminator(x_hat.detach())[0])
+        discriminator.backward()
+        adam[1].step()
+        theirs.zero_grad()
+        expected = {"generator": generator.item(), "discriminator": discriminator.item()}
+        assert {name: float(losses[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_are_raw_and_do_not_depend_on_the_other_images() -> None:
