@@ -109,6 +109,9 @@ def test_a_lost_stack_is_run_again_one_by_one_and_a_lost_machine_is_no_fault() -
     assert not again and failed.record.error == f"its machine was lost (try {NODE_TRIES})"
     again, (failed,) = tries.settle((first,), [first], "it died", 1.0)
     assert not again and failed.record.error == "it died"
+    patient = Tries(LOST, retries=NODE_TRIES + 1)  # more than machines have anyway
+    tried = [patient.settle((first,), [first], "its machine was lost", 1.0, node=True)[0] for _ in range(NODE_TRIES + 2)]
+    assert tried == [[(first,)]] * (NODE_TRIES + 1) + [[]]
 
 
 def test_a_stack_that_fails_as_a_whole_is_run_one_by_one(

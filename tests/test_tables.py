@@ -37,7 +37,7 @@ from ganomaly_plugin.report.frame import MEAN, runs_frame
 from ganomaly_plugin.report.measures import check_fpr, measured_frame
 from ganomaly_plugin.report.named_scores import by_score
 from ganomaly_plugin.report.statistics import Interval, JobScores, image_interval
-from ganomaly_plugin.report.tables import Cell, Reference, Table, describe_data, make_tables
+from ganomaly_plugin.report.tables import Cell, Reference, Table, describe_data, leaks, make_tables
 from ganomaly_plugin.report.writers import (
     LATEX_ROWS,
     caption,
@@ -125,6 +125,12 @@ def test_no_two_columns_of_a_frame_or_table_share_a_name() -> None:
     assert set(frame["seed"]) == {0} and "category" not in frame
     (table,) = make_tables(frame, ("auroc",))
     assert table.columns == ("class class mean", "class mean", "x", MEAN)
+
+
+@pytest.mark.parametrize(("said", "lines"), [(6, 1), (60, 1), (61, 0), (0, 0), ("many", 0), (None, 0)])
+def test_as_many_leaks_are_told_as_there_can_be(said: object, lines: int) -> None:
+    record = outcome("a").record  # of 60 test images
+    assert len(leaks(runs_frame([replace(record, notes={"leaked": said})]))) == lines
 
 
 def test_json_has_no_number_that_is_none() -> None:
