@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from sweeps import alone, jobs, start, store_in, wait_for
 
 from ganomaly_plugin import runner
