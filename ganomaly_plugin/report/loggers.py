@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
@@ -177,7 +178,8 @@ class WandbSink(Sink):
         job = record.job
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{job.label or job.detector} · {job.dataset} · {job.category} · s{job.seed}"
-        options: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT") or self.experiment, "save_dir": self.folder}
+        project = os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "_", self.experiment)  # which W&B takes in no name
+        options: dict[str, Any] = {"project": project, "save_dir": self.folder}
         logger = WandbLogger(name=name, id=job.key, group=job.dataset, **options)
         self._fill(logger, record)
         logger.experiment.finish()
