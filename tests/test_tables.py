@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from test_measures import fill, outcome
 
 from ganomaly_plugin import load_results
@@ -110,6 +111,12 @@ def test_names_are_escaped_in_rows_and_in_columns() -> None:
     assert r"r\_1" in latex and r"c\_1" in latex and "r_1" not in latex and "c_1" not in latex
     assert r"r\_1\|" in markdown and r"c\_1\|" in markdown
     assert "\x1b" not in to_text([table]) + latex + markdown
+
+
+def test_columns_are_level_in_wide_scripts() -> None:
+    lines = to_text([made({"日本": {"欠陥": 0.5, "x": 0.25}, "e\u0301": {"欠陥": 0.5, "x": 0.75}})]).splitlines()
+    ends = [cell_len(line[: line.index(word)]) for line, word in zip(lines[1:], ("x", "---", "0.250", "0.750"), strict=True)]
+    assert ends[0] == ends[2] == ends[3] and cell_len(lines[2]) == max(map(cell_len, lines[1:]))
 
 
 def test_a_csv_has_no_two_columns_of_one_name() -> None:
