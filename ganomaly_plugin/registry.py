@@ -139,6 +139,9 @@ def resolve(kind: str, name: str) -> Any:
     known = entries(kind)
     if not isinstance(name, str):
         raise unknown(kind, name, known, todo=_ELSE[kind])
+    bare = name.partition("[")[0]
+    if name.endswith("]") and bare in known:  # as tables and command lines write it
+        raise InvalidInput(f"{name!r} is a name with options. Give {bare!r}, and options as keyword arguments.")
     family, colon, argument = name.partition(":")
     in_family = name not in known and family + colon in known
     target = known[family + colon if in_family else name].target if in_family or name in known else name

@@ -51,6 +51,9 @@ def test_unknown_names_say_what_is_near() -> None:
         make_detector("ganomoly")
     assert "Unknown detector 'ganomoly'. Did you mean 'ganomaly'? Known: " in message(error)
     with pytest.raises(InvalidInput) as error:
+        make_detector("ganomaly[features=32]")
+    assert message(error).endswith("is a name with options. Give 'ganomaly', and options as keyword arguments.")
+    with pytest.raises(InvalidInput) as error:
         make_detector("ganomaly", latent=3)
     assert "Did you mean 'latent_dim'?" in message(error)
     with pytest.raises(InvalidInput, match=r"Cannot import detector 'no\.such\.module:Class'"):
