@@ -105,6 +105,18 @@ def test_an_input_range_is_what_black_and_white_become() -> None:
     torch.testing.assert_close(seen, torch.tensor([-1.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16))
 
 
+@pytest.mark.parametrize(("drop_last", "steps"), [(False, 3), (True, 2)])
+def test_the_last_short_batch_of_an_epoch_may_be_left_out(drop_last: bool, steps: int) -> None:
+    detector: Any = make_detector("anomalib:Ganomaly", **GANOMALY | {"batch_size": 8, "drop_last": drop_last})
+    detector.fit(blobs(18), epochs=1)
+    moments = [value["step"] for adam in detector.model_.optimizers() for value in adam.state.values()]
+    assert {int(taken) for taken in moments} == {steps}
+    assert ("drop_last" in detector.hparams) is drop_last  # earlier records do not have it
+    if drop_last:
+        with pytest.raises(InvalidInput, match="drop_last leaves nothing of 7 images with batch_size=8"):
+            detector.fit(blobs(7), epochs=1)
+
+
 def test_a_model_of_maps_alone_scores_by_the_largest() -> None:
     maps = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]])
     found = SimpleNamespace(pred_score=None, anomaly_map=maps)

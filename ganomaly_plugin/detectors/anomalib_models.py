@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
 _NETWORK = ("Connect", "httpx", "huggingface_hub", "Offline")  # in names of errors that are no OSError
-_OURS = ("image_size", "batch_size", "input_range")
+_OURS = ("image_size", "batch_size", "input_range", "drop_last")
 
 
 class AnomalibDetector(BaseDetector):
@@ -44,6 +44,7 @@ class AnomalibDetector(BaseDetector):
         image_size: Side the model's pre-processor resizes to; None: the model's own, 256 for most.
         batch_size: Images in a training step and scored at once.
         input_range: What black and white become; None: the model's own normalisation, ImageNet's for most.
+        drop_last: Whether the last batch of an epoch is left out where it is shorter. anomalib trains on it.
         **init_args: The model's own arguments, as in anomalib's configs.
     """
 
@@ -57,6 +58,7 @@ class AnomalibDetector(BaseDetector):
         image_size: int | None = None,
         batch_size: int = 32,
         input_range: tuple[float, float] | None = None,
+        drop_last: bool = False,
         **init_args: Any,
     ) -> None:
         if image_size is not None and image_size < 1:
@@ -65,7 +67,8 @@ class AnomalibDetector(BaseDetector):
             raise InvalidInput(f"batch_size must be at least 1, got {batch_size}.")
         if input_range is not None and not input_range[0] < input_range[1]:
             raise InvalidInput(f"input_range must be (low, high) with low < high, got {input_range}.")
-        self.image_size, self.batch_size, self.input_range, self.init_args = image_size, batch_size, input_range, init_args
+        self.image_size, self.batch_size, self.input_range = image_size, batch_size, input_range
+        self.drop_last, self.init_args = drop_last, init_args
 
     @classmethod
     def for_name(cls, name: str) -> type[AnomalibDetector]:
@@ -78,21 +81,23 @@ class AnomalibDetector(BaseDetector):
 
     @property
     def hparams(self) -> dict[str, Any]:
-        """Our options and the model's init arguments, defaults filled in."""
-        ours = {"image_size": self.image_size, "batch_size": self.batch_size, "input_range": self.input_range}
+        """Our options and the model's init arguments, defaults filled in; `drop_last`, which came late, where it is set."""
+        ours = {name: getattr(self, name) for name in _OURS if name != "drop_last" or self.drop_last}
         own = {**_init_defaults(self.model_name), **self.init_args}
         return {name: _plain(value) for name, value in canonical_hparams(type(self), {**own, **ours}).items()}
 
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
         from ganomaly_plugin.detectors.anomalib_data import AfterEpoch, ImagesInMemory, make_engine
 
+        if self.drop_last and len(images) < self.batch_size:
+            raise InvalidInput(f"drop_last leaves nothing of {len(images)} images with batch_size={self.batch_size}. Lower it.")
         self.history_: list[dict[str, float]] = []
         self.device_ = device
         after_epoch = AfterEpoch(self, on_epoch if self.has_epochs else None)
         with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors(after_epoch):
             self.model_ = self._build()
             engine = make_engine(device, folder, [after_epoch], max_epochs=epochs or self.default_epochs)
-            data: Any = ImagesInMemory(images, self.batch_size)
+            data: Any = ImagesInMemory(images, self.batch_size, drop_last=self.drop_last)
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()
         found = self._forward(images[:1])
