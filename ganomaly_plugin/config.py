@@ -14,7 +14,7 @@ from ganomaly_plugin.core import Job
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
 from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
 from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
-from ganomaly_plugin.errors import InvalidInput, nearest, unknown
+from ganomaly_plugin.errors import InvalidInput, nearest, one_line, unknown
 from ganomaly_plugin.hparams import (
     canonical_hparams,
     check_recordable,
@@ -131,7 +131,10 @@ def check_keys(path: str) -> None:
         for part in [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else []):
             look(part)
 
-    look(yaml.compose(Path(path).read_text(encoding="utf-8")))
+    try:
+        look(yaml.compose(Path(path).read_text(encoding="utf-8-sig")))
+    except yaml.YAMLError as error:  # such as a tab, which the parser's own reader of YAML lets pass
+        raise InvalidInput(f"The config {path} is no YAML: {one_line(error)}. Mend that; write spaces for tabs.") from error
 
 
 def expand(experiment: Experiment, splits: dict[str, str] | None = None) -> list[Job]:

@@ -327,6 +327,7 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("- models\n", "sets no option"),
         ("# nothing yet\n", "sets no option"),
         ("models:\n", "sets no option"),
+        ("models:\tpca\n", "is no YAML: ScannerError: while scanning for the next token found character '\\t'"),
         ("run:\n  models: ae\n", "has its options below run:. Put them at the top level"),
         ("model:\n  class_path: anomalib.models.Ganomaly\ndata: {}\n", "is for anomalib train. For bench run write models:"),
         ("models: pca\ndry_run: 'false'\n", "--dry_run must be true or false, got 'false'"),
