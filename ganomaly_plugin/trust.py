@@ -10,6 +10,7 @@ paths need no trust: they stand for code that is installed under a name that its
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def check_class_paths(kind: str, names: Iterable[str], trusted: Iterable[str], w
     roots = ("ganomaly_plugin", *trusted)
     for name in names:
         module, colon, attribute = name.partition(":")
-        if not colon or not attribute or is_registered(kind, name) or any(name in word for word in words):
+        if not colon or not attribute or is_registered(kind, name):
+            continue
+        if any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", word) for word in words):
             continue
         if not any(module == root or module.startswith(f"{root}.") for root in roots):
             raise InvalidInput(

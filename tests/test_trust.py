@@ -166,6 +166,7 @@ def test_the_command_line_is_the_users_own_word(bench, hostile) -> None:
     run = ("run", "--config", "sweep.yaml", "--datasets", "digits", "--classes", "0", "--dry-run")
     assert bench(*run)[0] == 2 and not RAN.exists()
     assert bench(*run, "--trust", "hostile")[0] == 2 and not RAN.exists()  # a module, not the start of a name
+    assert bench(*run, "--models", "my.hostile_module:Thing", "--limit", 1)[0] == 2 and not RAN.exists()  # nor its end
     assert bench(*run, "--trust", "hostile_module")[0] == 0 and RAN.exists()
     RAN.unlink()
     sys.modules.pop("hostile_module")
