@@ -202,6 +202,12 @@ def test_a_worker_that_cannot_be_understood_is_lost(sent: str, monkeypatch: pyte
     assert re.match("its worker process was killed: it could no longer be understood .*Error", worker.death())
 
 
+@pytest.mark.parametrize(("code", "said"), [(3, "exit code 3"), (-signal.SIGTERM, "SIGTERM"), (-40, "signal 40")])
+def test_every_end_of_a_worker_has_words(code: int, said: str) -> None:
+    process = SimpleNamespace(join=lambda seconds: None, exitcode=code)
+    assert local._Worker(None, alone, None, process=process).death().endswith(said)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing says what a process started")
 def test_what_a_job_started_ends_with_its_worker() -> None:
     process = get_context("fork").Process(target=subprocess.run, args=(["sh", "-c", "sleep 1000; true"],))

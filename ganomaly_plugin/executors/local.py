@@ -245,7 +245,7 @@ class _Worker:
         self.process.join(_GRACE)
         code = self.process.exitcode
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")  # a real-time one
             cause = " (out of memory, or somebody's kill)" if -code == signal.SIGKILL else ""
             return f"its worker process was ended by {name}{cause}"
         return f"its worker process ended with exit code {code}"
