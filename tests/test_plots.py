@@ -233,6 +233,14 @@ def test_losses_of_stages_and_of_unequal_length(tmp_path: Path) -> None:
     assert curves["gan"][:, 0].tolist() == [2, 2, 2]
 
 
+def test_a_criterion_on_held_out_images_is_no_training_loss(tmp_path: Path) -> None:
+    one = outcome("a")
+    one = replace(one, record=replace(one.record, history=[{"loss": 2.0, "validation": 1.0}] * 2))
+    (group,) = groups(load_results(fill(tmp_path / "out", [one]).folder))
+    figure = FIGURES["losses"].draw([group], Canvas()).figure
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["loss", "validation (held out)"]
+
+
 def test_long_curves_are_thinned() -> None:
     assert thinned(3).tolist() == [0, 1, 2] and thinned(1).tolist() == [0]
     assert len(thinned(1000)) == 150 and thinned(1000)[[0, -1]].tolist() == [0, 999]

@@ -79,7 +79,8 @@ def _draw(group: Group, detectors: list[str], canvas: Canvas, note: str) -> Draw
             mean, low, high, epoch = mean[shown], low[shown], high[shown], shown + 1
             axes.fill_between(epoch, low, high, color=colour, alpha=0.15, linewidth=0)
             marker = "o" if len(mean) == 1 else ""
-            axes.plot(epoch, mean, color=colour, linestyle=DASHES[k % DRAWN], marker=marker, label=name)
+            label = "validation (held out)" if name == "validation" else name  # of select=normal-val: no loss
+            axes.plot(epoch, mean, color=colour, linestyle=DASHES[k % DRAWN], marker=marker, label=label)
         least, largest = (take([take(curve) for curve in curves.values()]) for take in (np.nanmin, np.nanmax))
         if least > 0 and largest / least >= LEAST_RATIO:
             log_axis(axes, "y")
