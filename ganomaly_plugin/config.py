@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,9 @@ def expand(experiment: Experiment, splits: dict[str, str] | None = None) -> list
                         if splits is not None:
                             splits[job.key] = split.digest
     if unused:
-        raise unknown("class", sorted(unused)[0], _all_categories(experiment))
+        name = sorted(unused)[0]
+        todo = "Write each class, as in 0,1,2: ranges are for seeds." if re.fullmatch(r"\d+-\d+", name) else ""
+        raise unknown("class", name, _all_categories(experiment), todo=todo)
     return list(jobs.values())[: experiment.limit]
 
 

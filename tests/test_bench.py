@@ -256,6 +256,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly", "--datasets", "digits[image_size=x]"], "image_size"),
         (["run", "--models", "ganomaly", "--protocols", "one-anomalous/strict-v2"], "Did you mean 'one-anomalous/strict-v1'"),
         (["run", "--models", "ganomaly", "--classes", "0,cat"], "Unknown class 'cat'"),
+        (["run", "--models", "ganomaly", "--classes", "0-4"], "Write each class, as in 0,1,2: ranges are for seeds."),
         (["run", "--models", "ganomaly", "--image-size", 33], "multiple of 16"),
         (["run", "--models", "ganomaly", "--image-size", 1_000_000], "at most 2048"),
         (["run", "--models", "ganomaly", "--on-bad-image", "keep"], "on_bad_image must be fail or skip"),

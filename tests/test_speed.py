@@ -374,6 +374,7 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         (["--precision", "fp16"], "precision must be"),
         (["--jobs", 0], "jobs must be at least 1"),
         (["--image-size", -16], "image_size must be at least 1, got -16"),
+        (["--image-size", 100_000], "image_size must be at most 2048, got 100000"),
         (["--models", ""], "models is empty"),
         (["--trainers", ""], "trainers is empty"),
         (["--measure", ""], "measure is empty"),

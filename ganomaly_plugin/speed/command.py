@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.datasets.base import MAX_SIDE, load_dataset
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.files import as_path, atomic_write, check_writable
@@ -87,6 +87,8 @@ def _check(options: Any) -> None:
         if value < smallest:
             why = " for a median" if name == "repeats" else ""
             raise InvalidInput(f"{name} must be at least {smallest}{why}, got {value}.")
+    if options.image_size > MAX_SIDE:
+        raise InvalidInput(f"image_size must be at most {MAX_SIDE}, got {options.image_size}.")
     for kind, given, known in (
         ("trainer", options.trainers, TRAINERS),
         ("peer", options.peers or (), (*PEERS, "none")),
