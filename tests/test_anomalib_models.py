@@ -98,6 +98,13 @@ def test_scores_are_raw_and_do_not_depend_on_the_other_images() -> None:
     np.testing.assert_allclose(detector.score(images), raw.double().numpy(), rtol=1e-5)
 
 
+def test_scores_that_depend_on_their_batch_are_said() -> None:
+    cflow = {"pre_trained": False, "image_size": 32, "backbone": "resnet18", "layers": ["layer1"]}
+    for name, hparams, said in (("Cflow", cflow, True), ("Padim", PADIM, False), ("Ganomaly", GANOMALY, False)):
+        detector = make_detector(f"anomalib:{name}", **hparams).fit(blobs(12), epochs=1)
+        assert ("depends on the others of its batch" in str(detector.describe())) is said, name
+
+
 def test_an_input_range_is_what_black_and_white_become() -> None:
     detector: Any = make_detector("anomalib:Padim", image_size=16, input_range=(-1.0, 3.0))
     black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 20, 20)

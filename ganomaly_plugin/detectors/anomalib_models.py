@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")  # the detector sees to these
 _NETWORK = ("Connect", "httpx", "huggingface_hub", "Offline")  # in names of errors that are no OSError
+_MIXED = 0.05  # of the spread of scores: a difference beyond rounding
 _OURS = ("image_size", "batch_size", "input_range", "drop_last")
 
 
@@ -105,6 +106,10 @@ class AnomalibDetector(BaseDetector):
         score = self._of(found, "score", images.shape[-2:])
         if not score.isfinite().all():  # PaDiM's covariance of one image, for one
             raise InvalidInput(f"{self.name} scores {float(score[0])} after training on {len(images)} images. Give it more.")
+        few = images[:3].flip(-1)  # mirrored: some models have a distance of 0, and rounding, to images that they know
+        together = self._of(self._forward(few), "score", images.shape[-2:])
+        alone = torch.cat([self._of(self._forward(image), "score", images.shape[-2:]) for image in few.split(1)])
+        self.mixes_ = bool(((together - alone).abs() > _MIXED * (together.max() - together.min())).any())
 
     def _build(self, **changes: Any) -> Any:
         cls = _model_class(self.model_name)
@@ -153,11 +158,14 @@ class AnomalibDetector(BaseDetector):
         return torch.nn.functional.interpolate(maps, tuple(size), mode="bilinear", antialias=True).squeeze(1)
 
     def describe(self) -> dict[str, Any]:
-        """The class, anomalib's version, and the number of weights."""
+        """The class, anomalib's version, the number of weights; and what there is to be said of the scores."""
         from importlib.metadata import version
 
         weights = sum(p.numel() for p in self.model_.parameters())
-        return {"class_path": f"anomalib.models.{self.model_name}", "anomalib": version("anomalib"), "parameters": weights}
+        told = {"class_path": f"anomalib.models.{self.model_name}", "anomalib": version("anomalib"), "parameters": weights}
+        if getattr(self, "mixes_", False):  # not of one that is read from a file
+            told["fallbacks"] = ["an image's score depends on the others of its batch, and AUROC compares scores of several"]
+        return told
 
     def _state(self) -> dict[str, Any]:
         weights = {name: value.detach().cpu() for name, value in self.model_.state_dict().items()}
