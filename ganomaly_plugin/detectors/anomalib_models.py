@@ -52,6 +52,7 @@ class AnomalibDetector(BaseDetector):
     #: The budget of models that do not set their own; GANomaly's.
     default_epochs: ClassVar[int] = 15
     model_name: ClassVar[str] = ""
+    mixes_ = False  # whether an image's score depends on its batch, as far as it was tried: not of a file that is read
     conformance_hparams: ClassVar[dict[str, Any]] = {"image_size": 32, "batch_size": 8}
 
     def __init__(
@@ -101,13 +102,12 @@ class AnomalibDetector(BaseDetector):
             data: Any = ImagesInMemory(images, self.batch_size, drop_last=self.drop_last)
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()
-        found = self._forward(images[:1])
-        self.has_anomaly_map = found.anomaly_map is not None  # type: ignore[misc]
-        score = self._of(found, "score", images.shape[-2:])
-        if not score.isfinite().all():  # PaDiM's covariance of one image, for one
-            raise InvalidInput(f"{self.name} scores {float(score[0])} after training on {len(images)} images. Give it more.")
         few = images[:3].flip(-1)  # mirrored: some models have a distance of 0, and rounding, to images that they know
-        together = self._of(self._forward(few), "score", images.shape[-2:])
+        found = self._forward(few)
+        self.has_anomaly_map = found.anomaly_map is not None  # type: ignore[misc]
+        together = self._of(found, "score", images.shape[-2:])
+        if not together.isfinite().all():  # PaDiM's covariance of one image, for one
+            raise InvalidInput(f"{self.name} scores {float(together[0])} after training on {len(images)} images. Give it more.")
         alone = torch.cat([self._of(self._forward(image), "score", images.shape[-2:]) for image in few.split(1)])
         self.mixes_ = bool(((together - alone).abs() > _MIXED * (together.max() - together.min())).any())
 
@@ -163,7 +163,7 @@ class AnomalibDetector(BaseDetector):
 
         weights = sum(p.numel() for p in self.model_.parameters())
         told = {"class_path": f"anomalib.models.{self.model_name}", "anomalib": version("anomalib"), "parameters": weights}
-        if getattr(self, "mixes_", False):  # not of one that is read from a file
+        if self.mixes_:
             told["fallbacks"] = ["an image's score depends on the others of its batch, and AUROC compares scores of several"]
         return told
 
