@@ -36,16 +36,6 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
 
 
-def wide(text: str) -> int:
-    """How many columns of a terminal `text` takes: letters of East Asian scripts take two, combining marks none."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else not unicodedata.combining(char) for char in text)
-
-
-def padded(text: str, columns: int) -> str:
-    """`text` with blanks behind it, as wide as `columns`."""
-    return text + " " * (columns - wide(text))
-
-
 def clip(text: str, most: int = 34) -> str:
     """`text`, its middle left out when it is long."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - most // 2 :]}"

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, one_line, unknown
-from ganomaly_plugin.escape import padded, printable, wide
+from ganomaly_plugin.escape import printable
 from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.measures import METRICS, measured_frame
 from ganomaly_plugin.report.results import Results
@@ -204,14 +205,14 @@ def comparison_text(comparison: Comparison) -> str:
     """The comparison as lines for a terminal."""
     table = comparison.table
     lines = [f"{table.dataset}, {table.protocol}: {table.title}"]
-    width = max((wide(row.detector) for row in comparison.rows), default=0)
+    width = max((cell_len(row.detector) for row in comparison.rows), default=0)
     for row in comparison.rows:
         found = [(row.images, "jobs"), (row.seeds, "seeds")]
         texts = [f"[{i.low:.3f}, {i.high:.3f}] {i.method} ({i.n} {what})" for i, what in found if i is not None]
         texts = ["95 %: " + "; ".join(texts)] if texts else []
         texts += [row.missing] if row.missing else []
         texts += ["one seed: no interval over seeds"] if row.seeds is None else []
-        lines.append(f"  {padded(row.detector, width)}  {row.mean:.3f}  {'; '.join(texts)}")
+        lines.append(f"  {set_cell_size(row.detector, width)}  {row.mean:.3f}  {'; '.join(texts)}")
     if comparison.no_mean:
         lines.append(f"  no mean, for no seed has every class: {', '.join(comparison.no_mean)}")
     if comparison.pairs:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
+from rich.cells import cell_len, set_cell_size
 
 from ganomaly_plugin.errors import CannotStore
-from ganomaly_plugin.escape import latex_escape, markdown_escape, padded, printable, spreadsheet_safe, wide
+from ganomaly_plugin.escape import latex_escape, markdown_escape, printable, spreadsheet_safe
 from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.frame import MEAN, runs_frame
@@ -65,9 +66,11 @@ def to_text(tables: Sequence[Table]) -> str:
         padding = [""] if average else []
         grid += [[reference.label, *reference_cells(table, reference), *padding] for reference in table.references]
         safe = [[printable(text) for text in line] for line in grid]
-        widths = [max(wide(line[k]) for line in safe) for k in range(len(safe[0]))]
-        lines = ["  ".join(padded(text, width) for text, width in zip(line, widths, strict=True)).rstrip() for line in safe]
-        rule = "-" * max(wide(line) for line in lines)
+        widths = [max(cell_len(line[k]) for line in safe) for k in range(len(safe[0]))]
+        lines = [
+            "  ".join(set_cell_size(text, width) for text, width in zip(line, widths, strict=True)).rstrip() for line in safe
+        ]
+        rule = "-" * max(cell_len(line) for line in lines)
         own = 1 + len(table.rows)
         below = [rule, *lines[own:], *map(printable, notes(table))] if table.references else []
         blocks.append("\n".join([printable(caption(table)), lines[0], rule, *lines[1:own], *below]) + "\n")
