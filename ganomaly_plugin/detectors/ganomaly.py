@@ -118,9 +118,8 @@ class GanomalyRecipe(Recipe):
         # Differs: the authors run D twice on x and twice on x̂ (once for each loss); one pass gives the same gradients.
         # D's BatchNorm running statistics then move twice a step instead of four times: the scores "feature" and "combined"
         # read them, the authors' own does not.
-        # Differs: with "bce" this loss alone is that of 2018. That code moved D first, by the sum of the two cross-entropies
-        # (at times by the distance of its features instead), then G against the D so moved, and drew D anew when either of
-        # D's losses fell under 1e-5.
+        # Differs: with "bce" this loss alone is that of 2018. That code moved D first, by the sum of the two cross-entropies,
+        # then G against the D so moved, and drew D anew when either of D's losses fell under 1e-5.
         x = step.images
         x_hat, z, z_hat = networks["generator"](x)
         logits_real, features_real = networks["discriminator"](x)
