@@ -49,11 +49,6 @@ class Cell:
         self.detector: Any = make_detector(job.detector, **job.hparams)
 
     @property
-    def name(self) -> str:
-        """How messages call the detector."""
-        return self.job.label or self.job.detector
-
-    @property
     def budget(self) -> dict[str, int | None]:
         """The job's epochs or steps, as `fit` takes them."""
         return {"epochs": self.job.epochs} if self.job.steps is None else {"steps": self.job.steps}
@@ -68,12 +63,12 @@ class Cell:
 
     def score(self, index: np.ndarray) -> np.ndarray:
         """Checked scores of the images at `index`, float64 `(n,)`."""
-        return check_scores(self.detector.score(self.dataset.images[index]), len(index), self.name)
+        return check_scores(self.detector.score(self.dataset.images[index]), len(index), self.job.detector_label)
 
     def outcome(self, fit_seconds: float) -> Outcome:
         """Score with the fitted detector and make the record."""
         seed_all(_seed(self.job))  # scores are the same alone and in a stack that drew before
-        job, split, detector = self.job, self.split, self.detector
+        job, split, detector, label = self.job, self.split, self.detector, self.job.detector_label
         began = time.perf_counter()
         score = self.score(split.test)
         score_seconds = time.perf_counter() - began
@@ -81,13 +76,13 @@ class Cell:
         reference_index, origin = _reference(job, split)
         reference = self.score(reference_index)
         metrics = {name: measure(split.is_anomaly, score) for name, measure in RANKING_METRICS.items()}
-        history = facts.history(detector, self.name)
+        history = facts.history(detector, label)
         if self.oracle is not None and self.oracle.aurocs:
             aurocs = self.oracle.aurocs
             metrics["auroc_oracle"] = max(aurocs)
             metrics["oracle_epoch"] = float(np.argmax(aurocs)) + 1
             history = [{**(history[k] if k < len(history) else {}), "oracle_auroc": value} for k, value in enumerate(aurocs)]
-        notes: dict[str, Any] = {"describe": facts.described(detector, self.name)}
+        notes: dict[str, Any] = {"describe": facts.described(detector, label)}
         notes["source"], notes["data"] = dict(self.dataset.source), self.dataset.digest
         notes["leaked"] = leaked(self.dataset, split)
         test = self.dataset.images[split.test]
@@ -95,7 +90,7 @@ class Cell:
         arrays = {"score": score, "is_anomaly": split.is_anomaly, "test_index": split.test, "reference_score": reference}
         if self.dataset.files is not None:
             arrays["test_file"] = self.dataset.files[split.test]
-        arrays |= named_arrays(*facts.named_scores(detector, self.name, test, self.dataset.images[reference_index]))
+        arrays |= named_arrays(*facts.named_scores(detector, label, test, self.dataset.images[reference_index]))
         try:
             images = sample(detector, test, split.is_anomaly, score)
         except FAULTS as error:  # no part of the result
@@ -168,6 +163,6 @@ class Oracle:
         began = time.perf_counter()
         images, device = self.cell.dataset.images[self.cell.split.test], self.cell.device
         with seeded(_seed(self.cell.job), [device] if device.startswith("cuda") else []):  # training goes on after it
-            score = check_scores(detector.score(images), len(images), self.cell.name)
+            score = check_scores(detector.score(images), len(images), self.cell.job.detector_label)
         self.aurocs.append(auroc(self.cell.split.is_anomaly, score))
         self.seconds += time.perf_counter() - began

@@ -102,9 +102,14 @@ class Job:
         return "-".join(_UNSAFE.sub("_", word).strip("._")[:40] or "x" for word in words)
 
     @property
+    def detector_label(self) -> str:
+        """How tables and messages call the detector."""
+        return self.label or self.detector
+
+    @property
     def title(self) -> str:
         """How messages call the job."""
-        return f"{self.label or self.detector} · {self.dataset} · {self.protocol} · {self.part} · seed {self.seed}"
+        return f"{self.detector_label} · {self.dataset} · {self.protocol} · {self.part} · seed {self.seed}"
 
     @property
     def part(self) -> str:

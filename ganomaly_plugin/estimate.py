@@ -14,7 +14,7 @@ Kind = tuple[str, str]
 
 def kind_of(job: Job) -> Kind:
     """What the duration of `job` mostly depends on."""
-    return (job.label or job.detector, job.dataset)
+    return (job.detector_label, job.dataset)
 
 
 def job_left(status: Status, expected: float | None, now: float) -> float | None:

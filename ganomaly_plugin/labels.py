@@ -47,6 +47,6 @@ def _relabelled(record: RunRecord, names: set[str]) -> RunRecord:
     job = record.job
     if not names:
         return record
-    said = parse_label(job.label or job.detector)
+    said = parse_label(job.detector_label)
     mine = {name: value for name, value in _settings(job).items() if name in names and value is not None}
     return replace(record, job=replace(job, label=show(said.name, {**said.options, **mine})))

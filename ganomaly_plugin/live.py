@@ -192,7 +192,7 @@ class LiveView(Follower):
         for slug, status in statuses:
             job = self.jobs[slug]
             where = f" · {job.dataset} · {split_category(job)[1]} · s{job.seed}"
-            name = shortened(job.label or job.detector, self.console.width * 2 // 5 - len(where)) + where
+            name = shortened(job.detector_label, self.console.width * 2 // 5 - len(where)) + where
             total = f"{status.done}/{status.total}" if status.total else ""
             rate = f"{status.images_per_second:,.0f}" if status.images_per_second else ""
             left = clock(job_left(status, known.get(kind_of(job)), now))
@@ -223,7 +223,7 @@ def _groups(jobs: dict[str, Job]) -> dict[str, Cells]:
         if where not in titles:
             titles[where] = describe_data(*where)
         rows, classes = found.setdefault(f"{titles[where]}, {job.protocol}", ({}, []))
-        rows.setdefault(job.label or job.detector, {}).setdefault(category, []).append(slug)
+        rows.setdefault(job.detector_label, {}).setdefault(category, []).append(slug)
         if category not in classes:
             classes.append(category)
     return found

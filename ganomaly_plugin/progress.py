@@ -26,7 +26,7 @@ def describe(record: RunRecord) -> str:
 
 def _described(record: RunRecord) -> str:
     job = record.job
-    where = f"{job.label or job.detector} · {job.dataset} · {job.part} · seed {job.seed}"
+    where = f"{job.detector_label} · {job.dataset} · {job.part} · seed {job.seed}"
     if record.status == "failed":
         return f"{where}: FAILED: {record.error}"
     seconds = sum(record.seconds.values())

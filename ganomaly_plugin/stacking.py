@@ -99,12 +99,12 @@ class Stacking:
         why = {"stacked": why_alone, "compiled": why_not_compiled}.get(self.trainer.partition("-")[0])
         if why is None:
             return []
-        reasons = {job.label or job.detector: why(job) for job in jobs}
+        reasons = {job.detector_label: why(job) for job in jobs}
         said = [f"{name} is trained by the plain trainer: {reason}" for name, reason in reasons.items() if reason is not None]
         if self.trainer == "stacked":  # a way that is named is taken for a job alone, too
             of_a_kind = Counter(map(stack_key, jobs))
             alone = Counter(
-                (job.label or job.detector, _APART if of_a_kind[stack_key(job)] > 1 else _ALONE)
+                (job.detector_label, _APART if of_a_kind[stack_key(job)] > 1 else _ALONE)
                 for job, *others in self.chunks(jobs)
                 if not others and not why(job)
             )

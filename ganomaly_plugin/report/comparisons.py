@@ -96,7 +96,7 @@ def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, l
     for record in records:
         if record.status == "done":
             arrays = store.scores(record.job)
-            of_class = found.setdefault(record.job.label or record.job.detector, {})
+            of_class = found.setdefault(record.job.detector_label, {})
             source = str(record.job.data.get("category", ""))
             tested = JobScores(arrays["test_index"], arrays["is_anomaly"], arrays["score"], source)
             of_class.setdefault(f"{source}/{record.job.category}", []).append(tested)

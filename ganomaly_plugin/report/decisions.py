@@ -32,7 +32,7 @@ def decision_reports(store: Store, records: Iterable[RunRecord], false_positive_
         job = record.job
         data, category = split_category(job)
         where = describe_data(job.dataset, canonical_json(data), canonical_json(dict(job.sampling)))
-        key: tuple[str, ...] = (job.label or job.detector, where, job.protocol)
+        key: tuple[str, ...] = (job.detector_label, where, job.protocol)
         if per_class:
             key = (*key, f"class {category}", f"seed {job.seed}")
         groups.setdefault(key, []).append(record)

@@ -30,7 +30,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         job = record.job
         data, category = split_category(job)
         row: dict[str, Any] = {
-            "detector": job.label or job.detector,
+            "detector": job.detector_label,
             "dataset": job.dataset,
             "protocol": job.protocol,
             "class": category,

@@ -57,7 +57,7 @@ class Group:
     def jobs(self, detector: str) -> list[RunRecord]:
         """The finished jobs of a detector, by class and seed as tables order them."""
         order = {name: k for k, name in enumerate(self.table.columns)}
-        mine = [r for r in self.records if r.status == "done" and label(r) == detector]
+        mine = [r for r in self.records if r.status == "done" and r.job.detector_label == detector]
         return sorted(mine, key=lambda record: (order[class_of(record)], record.job.seed))
 
     def mean(self, detector: str) -> float:
@@ -95,11 +95,6 @@ class Group:
     def colour(self, detector: str) -> int:
         """The number of its colour: the same in all figures of the group."""
         return self.detectors.index(detector)
-
-
-def label(record: RunRecord) -> str:
-    """How tables call the record's detector."""
-    return record.job.label or record.job.detector
 
 
 def class_of(record: RunRecord) -> str:
@@ -172,7 +167,8 @@ def groups(
 
 def _calls(record: RunRecord) -> set[str]:
     """What the record's detector goes by."""
-    return {label(record), label(record).split("[")[0], record.job.detector}
+    label = record.job.detector_label
+    return {label, label.split("[")[0], record.job.detector}
 
 
 def _check(kind: str, wanted: Sequence[str], known: Iterable[str]) -> None:

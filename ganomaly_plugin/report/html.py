@@ -15,7 +15,7 @@ from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets, p_
 from ganomaly_plugin.report.figures.ranks import critical_difference
 from ganomaly_plugin.report.figures.sheets import truth_words
 from ganomaly_plugin.report.figures.style import PAGE, Canvas, inline_svg, styled
-from ganomaly_plugin.report.groups import Group, class_of, groups, label
+from ganomaly_plugin.report.groups import Group, class_of, groups
 from ganomaly_plugin.report.page import (
     COST_HEAD,
     IMAGE_BYTES,
@@ -65,7 +65,7 @@ def report_html(results: Results) -> str:
             style=_text("report.css"),
             done=done,
             failed=failures(records),
-            detectors=sorted({label(record) for record in records}),
+            detectors=sorted({record.job.detector_label for record in records}),
             datasets=sorted({record.job.dataset for record in records}),
             protocols=sorted({record.job.protocol for record in records}),
             seeds=sorted({record.job.seed for record in records}),
@@ -117,7 +117,6 @@ def _environment() -> Any:
     made.filters |= {
         "heading": heading,
         "notes": notes,
-        "detector": label,
         "class_of": class_of,
         "truth": truth_words,
         "p": p_number,

@@ -156,7 +156,7 @@ class MlflowSink(Sink):
         for run in self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{record.job.key}'"):
             self.client.delete_run(run.info.run_id)  # cut short by the end of its sweep
         job = record.job
-        name = f"{job.label or job.detector} · {job.dataset} · {job.category} · s{job.seed}"
+        name = f"{job.detector_label} · {job.dataset} · {job.category} · s{job.seed}"
         tags = {KEY: job.key, "slug": job.slug, "mlflow.source.name": "bench run"}
         logger = MLFlowLogger(experiment_name=self.experiment, tracking_uri=self.uri, tags=tags, run_name=name)
         self._fill(logger, record)
@@ -177,7 +177,7 @@ class WandbSink(Sink):
 
         job = record.job
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{job.label or job.detector} · {job.dataset} · {job.category} · s{job.seed}"
+        name = f"{job.detector_label} · {job.dataset} · {job.category} · s{job.seed}"
         project = os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "_", self.experiment)  # which W&B takes in no name
         options: dict[str, Any] = {"project": project, "save_dir": self.folder}
         logger = WandbLogger(name=name, id=job.key, group=job.dataset, **options)

@@ -55,7 +55,7 @@ def _with_score(
     takes = {key: METRICS[key].measure for key in {"auroc", "auprc", *metrics} if METRICS[key].measure is not None}
     chosen = {**arrays, "score": arrays[SCORE_PREFIX + name], "reference_score": arrays[REFERENCE_PREFIX + name]}
     measured = measure(chosen, {key: take for key, take in takes.items() if take is not None}, fpr)
-    own = record.job.label or record.job.detector
+    own = record.job.detector_label
     label = parse_label(own)
     if "score_by" in label.options:  # another model than the one without, which may have been trained on more images
         label = Selection(own)

@@ -24,7 +24,7 @@ from ganomaly_plugin.report.figures.sheets import Sheet, by_class, png, sheets
 from ganomaly_plugin.report.figures.speed import speed
 from ganomaly_plugin.report.figures.style import PAGE, Canvas, Drawing, inline_svg
 from ganomaly_plugin.report.frame import MEAN
-from ganomaly_plugin.report.groups import Group, label
+from ganomaly_plugin.report.groups import Group
 from ganomaly_plugin.report.published import against_published
 from ganomaly_plugin.report.tables import Table, leaks
 from ganomaly_plugin.report.writers import caption, cell_text
@@ -228,7 +228,7 @@ def commands(records: Iterable[RunRecord]) -> list[tuple[str, int]]:
 def failures(records: Iterable[RunRecord]) -> list[RunRecord]:
     """Jobs that failed, by detector, data set, class and seed."""
     failed = [record for record in records if record.status != "done"]
-    return sorted(failed, key=lambda r: (label(r), r.job.dataset, r.job.protocol, r.job.category, r.job.seed))
+    return sorted(failed, key=lambda r: (r.job.detector_label, r.job.dataset, r.job.protocol, r.job.category, r.job.seed))
 
 
 def heading(table: Table) -> str:

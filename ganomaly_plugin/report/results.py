@@ -61,7 +61,7 @@ class Results:
             if record.status != "done":
                 continue
             job, arrays = record.job, self.store.scores(record.job)
-            named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
+            named = {"key": job.key, "detector": job.detector_label, "dataset": job.dataset, "protocol": job.protocol}
             named |= {"class": split_category(job)[1], "seed": job.seed}  # type: ignore[dict-item]
             found = {name: arrays[name] for name in ("test_index", "is_anomaly", "score")}
             parts.append(pd.DataFrame({**found, "file": arrays.get("test_file", "")}).assign(**named))
@@ -79,7 +79,7 @@ class Results:
         rows = []
         for record in self.records:
             job = record.job
-            named = {"key": job.key, "detector": job.label or job.detector, "dataset": job.dataset, "protocol": job.protocol}
+            named = {"key": job.key, "detector": job.detector_label, "dataset": job.dataset, "protocol": job.protocol}
             where = {**named, "class": split_category(job)[1], "seed": job.seed}
             rows += [{**where, "epoch": epoch, **losses} for epoch, losses in enumerate(record.history, 1)]
         return pd.DataFrame(rows, columns=None if rows else [*_WHERE, "epoch"])
