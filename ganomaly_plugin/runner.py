@@ -259,17 +259,12 @@ def _of_split(job: Job) -> str:
 Chunked = Callable[[list[Job]], Iterable[Chunk]]
 
 
-def one_by_one(jobs: list[Job]) -> Iterator[Chunk]:
-    """Each job is a chunk of its own."""
-    return ((job,) for job in jobs)
-
-
 def sweep(
     plan: Plan,
     store: Store,
     executor: Executor,
     run: Callable[[Chunk], Iterable[Outcome]],
-    chunked: Chunked = one_by_one,
+    chunked: Chunked,
 ) -> Generator[RunRecord, None, None]:
     """Run what is missing, store each outcome as it comes, and yield its record.
 

@@ -395,7 +395,7 @@ def test_an_executor_starts_when_there_is_a_job_for_it(tmp_path: Path, capsys: p
         timer = threading.Timer(1.5, other.release, [job])
         timer.start()
         began = time.monotonic()
-        records = list(sweep(make_plan([job], store), store, Executor(), run))
+        records = list(sweep(make_plan([job], store), store, Executor(), run, lambda jobs: [tuple(jobs)]))
     assert [record.status for record in records] == ["done"] and len(seen) == 1 and seen[0] - began > 1
     who = f"(pid {os.getpid()} on {os.uname().nodename})"
     assert capsys.readouterr().err == f"waiting for 1 job that another bench run is at {who}\n"
