@@ -104,15 +104,14 @@ def _scores(store: Store, records: Iterable[RunRecord]) -> dict[str, dict[str, l
 
 
 def _pairs(table: Table, baseline: str | None) -> tuple[list[Pair], str]:
-    classes = [column for column in table.columns if column != MEAN]
-    complete = [row for row in table.rows if all(table.cells[row][column].complete for column in classes)]
+    complete = table.complete_rows
     if len(complete) < 2:
         return [], "no paired tests: fewer than two detectors are complete in every class"
     if baseline is not None and baseline not in complete:
         return [], f"no paired tests: {baseline} is not complete in every class"
     if baseline is None and len(complete) > PAIRWISE_LIMIT:
         return [], f"no paired tests: {len(complete)} detectors make too many pairs to correct for; bench stats --baseline NAME"
-    values = {row: [table.cells[row][column].mean for column in classes] for row in complete}
+    values = {row: [table.cells[row][column].mean for column in table.classes] for row in complete}
     if not METRICS[table.metric].higher_is_better:
         values = {row: [-value for value in each] for row, each in values.items()}
     pairs = [(row, baseline) for row in complete if row != baseline] if baseline else list(itertools.combinations(complete, 2))
@@ -132,9 +131,7 @@ def across_data_sets(tables: Sequence[Table]) -> tuple[Friedman | None, str]:
     for table in tables:
         name = table.where[0]
         separate = name.startswith("anomalib:")
-        for column in table.columns if separate else [MEAN]:
-            if separate and column == MEAN:
-                continue
+        for column in table.classes if separate else (MEAN,):
             block = f"{name}/{column}"
             if block in blocks:
                 return None, f"no test over data sets: {name} is here more than once, with other options"
@@ -190,7 +187,7 @@ def seed_means(results: Results, table: Table) -> dict[str, list[float]]:
     found = {}
     for name, part in mine.groupby("detector"):
         grid = part.pivot_table(index="seed", columns="class", values=table.metric)
-        whole = grid.reindex(columns=[column for column in table.columns if column != MEAN]).dropna()
+        whole = grid.reindex(columns=list(table.classes)).dropna()
         found[str(name)] = [float(value) for value in whole.mean(axis=1)]
     return found
 

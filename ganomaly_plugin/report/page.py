@@ -170,7 +170,7 @@ def _verdict(group: Group, comparison: Comparison) -> list[str]:
         pair = next((each for each in comparison.pairs if {each.a, each.b} == {rivals[0], rivals[1]}), None)
         if pair and len(level) == 1:
             won = pair.wins_a if pair.a == rivals[0] else pair.wins_b
-            lines.append(f"it is better in {won} of {len(table.columns) - 1} classes (Wilcoxon, Holm: {p_text(pair.p_holm)})")
+            lines.append(f"it is better in {won} of {len(table.classes)} classes (Wilcoxon, Holm: {p_text(pair.p_holm)})")
     if table.seeds == 1:
         lines.append("one seed: another seed may turn the order around")
     unfinished = len(table.rows) - len(rivals)
@@ -185,7 +185,7 @@ def examples(group: Group, budget: list[int]) -> tuple[dict[str, list[Example]],
     records = {name: by_class(group, name) for name in group.detectors}
     found: dict[str, list[Example]] = {}
     left = 0
-    for category in group.table.columns[:-1]:
+    for category in group.table.classes:
         for name, record in ((name, its[category]) for name, its in records.items() if category in its):
             made = None if left else Example(name, category, record.job.seed, list(_encoded(sheets(group, record))))
             size = sum(len(text) for _, text in made.sheets) * 3 // 4 if made else 0

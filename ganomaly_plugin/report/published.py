@@ -11,7 +11,6 @@ from importlib import resources
 import pandas as pd
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.tables import ALL, Reference, Table
 
 _COMPARED = ("auroc", "auroc_oracle")  # what the literature reports; it seldom says which of the two
@@ -94,5 +93,4 @@ def _why_not(tables: Sequence[Table]) -> str:
         )
     if any(json.loads(table.where[2]) for table in same):
         return f"These results on {dataset} are of part of the data or contaminated ({same[0].dataset}), published ones not."
-    classes = ", ".join(column for column in same[0].columns if column != MEAN)
-    return f"No published numbers for these classes of {dataset}: {classes}."
+    return f"No published numbers for these classes of {dataset}: {', '.join(same[0].classes)}."

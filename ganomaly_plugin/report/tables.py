@@ -92,16 +92,25 @@ class Table:
         second = {row for row, value in means.items() if len(values) > 1 and len(best) == 1 and value == values[1]}
         return best, second
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The columns but that of the mean."""
+        return tuple(column for column in self.columns if column != MEAN)
+
+    @property
+    def complete_rows(self) -> list[str]:
+        """The rows that are complete in every class."""
+        return [row for row in self.rows if all(self.cells[row][column].complete for column in self.classes)]
+
     def average_ranks(self) -> dict[str, float]:
         """The mean over the classes of each row's rank, 1 for the best, ties shared; {} when fewer than two rows compete.
 
         Only rows that are complete in every class compete: ranks among other rows would be of other contests.
         """
-        classes = [column for column in self.columns if column != MEAN]
-        rivals = [row for row in self.rows if all(self.cells[row][column].complete for column in classes)]
-        if len(rivals) < 2 or not classes:
+        rivals = self.complete_rows
+        if len(rivals) < 2 or not self.classes:
             return {}
-        means = np.array([[round(self.cells[row][column].mean, 3) for column in classes] for row in rivals])
+        means = np.array([[round(self.cells[row][column].mean, 3) for column in self.classes] for row in rivals])
         ranks = pd.DataFrame(means).rank(ascending=not self.higher_is_better).to_numpy().mean(axis=1)
         return {row: float(rank) for row, rank in zip(rivals, ranks, strict=True)}
 

@@ -230,9 +230,8 @@ def rank_cell(average: dict[str, float], row: str) -> list[str]:
 def reference_values(table: Table, reference: Reference) -> dict[str, float]:
     """The reference's number for each column it has one for; the mean only when it has every class."""
     values = {column: reference.values[column] for column in table.columns if column in reference.values}
-    classes = [column for column in table.columns if column != MEAN]
-    if MEAN in table.columns and classes and all(column in values for column in classes):
-        values[MEAN] = sum(values[column] for column in classes) / len(classes)
+    if MEAN in table.columns and table.classes and all(column in values for column in table.classes):
+        values[MEAN] = sum(values[column] for column in table.classes) / len(table.classes)
     return values
 
 

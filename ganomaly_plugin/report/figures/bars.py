@@ -10,7 +10,6 @@ import numpy as np
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.report.figures.legend import LETTER, LINE, clipped, columns, drawn
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
-from ganomaly_plugin.report.frame import MEAN
 from ganomaly_plugin.report.groups import Group
 
 THINNEST = 0.055  # inches a bar; with less the bars lie on their side, and the figure grows downwards
@@ -30,14 +29,14 @@ def bars(group: Group, canvas: Canvas) -> Drawing:
     length = slots * max(THINNEST, 0.075) + 0.8
     if not upright and length > TALLEST:
         raise InvalidInput(
-            f"{len(group.table.columns) - 1} classes × {len(chosen)} detectors make {slots} bars, too many for one figure. "
+            f"{len(group.table.classes)} classes × {len(chosen)} detectors make {slots} bars, too many for one figure. "
             "Name some with --classes or --detectors."
         )
     names = group.names()
     texts = clipped([names[name] for name in chosen])
     ncols = columns(texts, canvas.width)
     key = LINE * (math.ceil(len(texts) / ncols) * max(1 + text.count("\n") for text in texts) - 1)  # lines but the first
-    ticks = clipped([*group.table.columns[:-1], MEAN], 18)
+    ticks = clipped(group.table.columns, 18)
     slot = (canvas.width - 0.6) / (len(ticks) + 0.35)  # inches
     longest = LETTER * max(len(line) for text in ticks for line in text.splitlines())
     slanted = upright and longest >= slot
