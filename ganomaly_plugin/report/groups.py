@@ -44,6 +44,12 @@ class Group:
         """How headings call it."""
         return f"{self.dataset}, {self.protocol}"
 
+    @property
+    def extent(self) -> str:
+        """What its means are over: `10 classes × 3 seeds`."""
+        classes, seeds = len(self.table.classes), self.table.seeds
+        return f"{classes} class{'es' * (classes > 1)} × {seeds} seed{'s' * (seeds > 1)}"
+
     @functools.cached_property
     def runs(self) -> pd.DataFrame:
         """One row a job; see `runs_frame`."""

@@ -55,7 +55,7 @@ def roc(group: Group, canvas: Canvas) -> Drawing:
         curve = np.r_[0, mean_roc(group, name)]  # the grid starts at the top of a first upright rise
         axes.plot(np.r_[0, GRID], curve, **line_style(group.colour(name), canvas.theme))
     _unit_square(axes, "false-positive rate", "true-positive rate")
-    key(axes, group, chosen, canvas.theme, f"mean AUROC, {_over(group)}")
+    key(axes, group, chosen, canvas.theme, f"mean AUROC, {group.extent}")
     return Drawing(figure, f"ROC curves, the mean of those of all jobs, on {group.title}. {note}".strip())
 
 
@@ -73,14 +73,9 @@ def precision_recall(group: Group, canvas: Canvas) -> Drawing:
         axes.plot(GRID, mean_precision(group, name), **line_style(group.colour(name), canvas.theme))
         means[name] = float(np.mean([record.metrics["auprc"] for record in group.jobs(name)]))
     _unit_square(axes, "recall", "precision")
-    key(axes, group, chosen, canvas.theme, f"mean AUPRC, {_over(group)}", values=means)
+    key(axes, group, chosen, canvas.theme, f"mean AUPRC, {group.extent}", values=means)
     caption = f"Precision–recall curves, the mean of those of all jobs, on {group.title}; dotted: chance, {chance:.2f}. {note}"
     return Drawing(figure, caption.strip())
-
-
-def _over(group: Group) -> str:
-    classes, seeds = len(group.table.columns) - 1, group.table.seeds
-    return f"{classes} class{'es' * (classes > 1)} × {seeds} seed{'s' * (seeds > 1)}"
 
 
 def _unit_square(axes: object, x: str, y: str) -> None:

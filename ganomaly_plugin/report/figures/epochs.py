@@ -103,14 +103,9 @@ def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> No
     axes.set(ylabel="test AUROC")  # type: ignore[attr-defined]
     longest = max(len(choice.by_epoch) for choice in made)
     axes.set_xticks([at for at in MaxNLocator(6, integer=True).tick_values(1, longest) if 1 <= at <= longest])  # type: ignore[attr-defined]
-    key = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), alignment="left", title=_panel_title(group))  # type: ignore[attr-defined]
+    title = f"{clip(group.dataset)}\n{group.extent}: last / best test epoch"
+    key = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), alignment="left", title=title)  # type: ignore[attr-defined]
     key.get_title().set_fontsize(8)
-
-
-def _panel_title(group: Group) -> str:
-    classes, seeds = len(group.table.columns) - 1, group.table.seeds
-    over = f"{classes} class{'es' * (classes > 1)} × {seeds} seed{'s' * (seeds > 1)}"
-    return f"{clip(group.dataset, 34)}\n{over}: last / best test epoch"
 
 
 def table(made: Sequence[Choice]) -> str:
