@@ -63,18 +63,18 @@ def bars(group: Group, canvas: Canvas) -> Drawing:
     return Drawing(figure, f"AUROC by class on {group.title}: {over}; dotted: chance. {note}".strip())
 
 
-def _axes(axes: object, upright: bool, place: np.ndarray, texts: list[str], slanted: bool, canvas: Canvas) -> None:
-    dotted = {"color": canvas.theme.muted, "linewidth": 0.8, "linestyle": (0, (1, 2))}
+def _axes(axes: Any, upright: bool, place: np.ndarray, texts: list[str], slanted: bool, canvas: Canvas) -> None:
+    dotted: Any = {"color": canvas.theme.muted, "linewidth": 0.8, "linestyle": (0, (1, 2))}
     if upright:
         turned: Any = {"rotation": SLANT, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        axes.set_xticks(place, texts, **turned)  # type: ignore[attr-defined]
-        axes.set(ylim=(0, 1), ylabel="AUROC", xlim=(-0.5, place[-1] + 0.5))  # type: ignore[attr-defined]
-        axes.grid(visible=False, axis="x")  # type: ignore[attr-defined]
-        axes.axhline(0.5, **dotted)  # type: ignore[attr-defined]
-        axes.tick_params(axis="x", length=0)  # type: ignore[attr-defined]
+        axes.set_xticks(place, texts, **turned)
+        axes.set(ylim=(0, 1), ylabel="AUROC", xlim=(-0.5, place[-1] + 0.5))
+        axes.grid(visible=False, axis="x")
+        axes.axhline(0.5, **dotted)
+        axes.tick_params(axis="x", length=0)
     else:
-        axes.set_yticks(place, texts)  # type: ignore[attr-defined]
-        axes.set(xlim=(0, 1), xlabel="AUROC", ylim=(place[-1] + 0.5, -0.5))  # type: ignore[attr-defined]
-        axes.grid(visible=False, axis="y")  # type: ignore[attr-defined]
-        axes.axvline(0.5, **dotted)  # type: ignore[attr-defined]
-        axes.tick_params(axis="y", length=0)  # type: ignore[attr-defined]
+        axes.set_yticks(place, texts)
+        axes.set(xlim=(0, 1), xlabel="AUROC", ylim=(place[-1] + 0.5, -0.5))
+        axes.grid(visible=False, axis="y")
+        axes.axvline(0.5, **dotted)
+        axes.tick_params(axis="y", length=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.report.figures.legend import drawn, key, line_style
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group, class_of
@@ -40,8 +43,8 @@ def precision_at(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     return precision[np.minimum(np.maximum(position, 1), len(precision) - 1)]
 
 
-def _truth_and_score(group: Group, record: object) -> tuple[np.ndarray, np.ndarray]:
-    arrays = group.arrays(record)  # type: ignore[arg-type]
+def _truth_and_score(group: Group, record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    arrays = group.arrays(record)
     return arrays["is_anomaly"], arrays["score"]
 
 
@@ -78,7 +81,7 @@ def precision_recall(group: Group, canvas: Canvas) -> Drawing:
     return Drawing(figure, caption.strip())
 
 
-def _unit_square(axes: object, x: str, y: str) -> None:
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)  # type: ignore[attr-defined]
-    axes.set_xticks(np.linspace(0, 1, 6))  # type: ignore[attr-defined]
-    axes.set_yticks(np.linspace(0, 1, 6))  # type: ignore[attr-defined]
+def _unit_square(axes: Any, x: str, y: str) -> None:
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=x, ylabel=y)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))

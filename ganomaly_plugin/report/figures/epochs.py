@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def epochs(groups: Sequence[Group], canvas: Canvas) -> Drawing:
     return Drawing(figure, caption, table([choice for _, made in found for choice in made]))
 
 
-def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> None:
+def _panel(axes: Any, group: Group, made: list[Choice], canvas: Canvas) -> None:
     from matplotlib.ticker import MaxNLocator
 
     names = group.names(choice.detector for choice in made)
@@ -93,18 +94,18 @@ def _panel(axes: object, group: Group, made: list[Choice], canvas: Canvas) -> No
         style, n = line_style(k, canvas.theme), len(choice.by_epoch)
         shown = thinned(n)
         label = f"{choice.last:.3f} / {choice.best:.3f}  {text}"
-        axes.plot(shown + 1, choice.by_epoch[shown], label=label, **style)  # type: ignore[attr-defined]
-        axes.plot(n, choice.last, linestyle="", **marker_style(k, canvas.theme))  # type: ignore[attr-defined]
-        axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)  # type: ignore[attr-defined]
+        axes.plot(shown + 1, choice.by_epoch[shown], label=label, **style)
+        axes.plot(n, choice.last, linestyle="", **marker_style(k, canvas.theme))
+        axes.plot([n + 0.3, 1.12 * n + 0.3], [choice.best] * 2, color=style["color"], linewidth=2)
     low = min(float(choice.by_epoch[len(choice.by_epoch) // 3 :].min()) for choice in made)
     high = max(choice.best for choice in made)
     pad = 0.12 * (high - low) or 0.01
-    axes.set_ylim(low - pad, high + pad)  # type: ignore[attr-defined]
-    axes.set(ylabel="test AUROC")  # type: ignore[attr-defined]
+    axes.set_ylim(low - pad, high + pad)
+    axes.set(ylabel="test AUROC")
     longest = max(len(choice.by_epoch) for choice in made)
-    axes.set_xticks([at for at in MaxNLocator(6, integer=True).tick_values(1, longest) if 1 <= at <= longest])  # type: ignore[attr-defined]
+    axes.set_xticks([at for at in MaxNLocator(6, integer=True).tick_values(1, longest) if 1 <= at <= longest])
     title = f"{clip(group.dataset)}\n{group.extent}: last / best test epoch"
-    key = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), alignment="left", title=title)  # type: ignore[attr-defined]
+    key = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), alignment="left", title=title)
     key.get_title().set_fontsize(8)
 
 

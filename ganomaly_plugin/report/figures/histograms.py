@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,8 @@ def _draw(group: Group, detectors: tuple[str, ...], canvas: Canvas, note: str) -
     return Drawing(figure, caption.strip())
 
 
-def _key(figure: object, canvas: Canvas) -> None:
+def _key(figure: Any, canvas: Canvas) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=canvas.theme.normal), Line2D([], [], color=canvas.theme.anomalous, linestyle=(0, (3, 1)))]
-    figure.legend(handles, ["normal", "anomalous"], loc="outside upper left", ncols=2)  # type: ignore[attr-defined]
+    figure.legend(handles, ["normal", "anomalous"], loc="outside upper left", ncols=2)
