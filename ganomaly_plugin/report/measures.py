@@ -59,6 +59,11 @@ METRICS = {
 }
 
 
+def from_scores(metrics: Iterable[str]) -> dict[str, Measure]:
+    """How those of `metrics` are taken that scores suffice for."""
+    return {name: take for name in metrics if (take := METRICS[name].measure) is not None}
+
+
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raise InvalidInput for a metric that tables do not know, or for none."""
     if isinstance(metrics, str) or not isinstance(metrics, Iterable):
@@ -99,12 +104,12 @@ def measured_frame(
     check_fpr(fpr)
     records = list(records)
     frame = runs_frame(records) if frame is None else frame.copy()
-    wanted = {name: METRICS[name].measure for name in metrics if METRICS[name].measure is not None}
+    wanted = from_scores(metrics)
     if frame.empty or not wanted:
         return frame
     found: dict[str, dict[str, float]] = {}
     for record in records:
-        lacking = {name: take for name, take in wanted.items() if take is not None and name not in record.metrics}
+        lacking = {name: take for name, take in wanted.items() if name not in record.metrics}
         if record.status == "done" and lacking:
             found[record.job.key] = measure(store.scores(record.job), lacking, fpr)
     for name in wanted:

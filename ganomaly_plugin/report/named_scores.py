@@ -10,7 +10,7 @@ import numpy as np
 from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.metrics import COMBINED, REFERENCE_PREFIX, SCORE_PREFIX
-from ganomaly_plugin.report.measures import DEFAULT_FPR, METRICS, measure
+from ganomaly_plugin.report.measures import DEFAULT_FPR, from_scores, measure
 from ganomaly_plugin.selection import Selection, parse_label, show
 from ganomaly_plugin.store import Store
 
@@ -52,9 +52,8 @@ def by_score(
 def _with_score(
     record: RunRecord, name: str, arrays: Mapping[str, np.ndarray], metrics: Sequence[str], fpr: float
 ) -> RunRecord:
-    takes = {key: METRICS[key].measure for key in {"auroc", "auprc", *metrics} if METRICS[key].measure is not None}
     chosen = {**arrays, "score": arrays[SCORE_PREFIX + name], "reference_score": arrays[REFERENCE_PREFIX + name]}
-    measured = measure(chosen, {key: take for key, take in takes.items() if take is not None}, fpr)
+    measured = measure(chosen, from_scores({"auroc", "auprc", *metrics}), fpr)
     own = record.job.detector_label
     label = parse_label(own)
     if "score_by" in label.options:  # another model than the one without, which may have been trained on more images
