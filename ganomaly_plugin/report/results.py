@@ -6,11 +6,11 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from ganomaly_plugin.core import RunRecord
+from ganomaly_plugin.core import Job, RunRecord
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.report.frame import GROUP, MEAN, runs_frame, split_category
 from ganomaly_plugin.report.measures import DEFAULT_FPR, measured_frame
@@ -60,11 +60,9 @@ class Results:
         for record in self.records:
             if record.status != "done":
                 continue
-            job, arrays = record.job, self.store.scores(record.job)
-            named = {"key": job.key, "detector": job.detector_label, "dataset": job.dataset, "protocol": job.protocol}
-            named |= {"class": split_category(job)[1], "seed": job.seed}  # type: ignore[dict-item]
+            arrays = self.store.scores(record.job)
             found = {name: arrays[name] for name in ("test_index", "is_anomaly", "score")}
-            parts.append(pd.DataFrame({**found, "file": arrays.get("test_file", "")}).assign(**named))
+            parts.append(pd.DataFrame({**found, "file": arrays.get("test_file", "")}).assign(**_where(record.job)))
         columns = [*_WHERE, "test_index", "is_anomaly", "score"]
         if any((part["file"] != "").any() for part in parts):
             columns.append("file")
@@ -78,9 +76,7 @@ class Results:
         """
         rows = []
         for record in self.records:
-            job = record.job
-            named = {"key": job.key, "detector": job.detector_label, "dataset": job.dataset, "protocol": job.protocol}
-            where = {**named, "class": split_category(job)[1], "seed": job.seed}
+            where = _where(record.job)
             rows += [{**where, "epoch": epoch, **losses} for epoch, losses in enumerate(record.history, 1)]
         return pd.DataFrame(rows, columns=None if rows else [*_WHERE, "epoch"])
 
@@ -128,6 +124,12 @@ class Results:
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(repr(self))}</p>" + "".join(table_html(table) for table in self.tables())
+
+
+def _where(job: Job) -> dict[str, Any]:
+    """The values of `_WHERE` for a job."""
+    values = (job.key, job.detector_label, job.dataset, job.protocol, split_category(job)[1], job.seed)
+    return dict(zip(_WHERE, values, strict=True))
 
 
 def breakable(name: str) -> str:
