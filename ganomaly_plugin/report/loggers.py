@@ -35,6 +35,11 @@ def parameters(job: Job) -> dict[str, Any]:
     return found | {f"hparams.{key}": value for key, value in job.hparams.items()}
 
 
+def run_name(job: Job) -> str:
+    """How a logger calls the run of a job."""
+    return f"{job.detector_label} · {job.dataset} · {job.category} · s{job.seed}"
+
+
 def curves(record: RunRecord) -> list[dict[str, float]]:
     """The values of each epoch, by the names they get in a logger."""
     return [{_CURVES.get(name, f"train/{name}"): value for name, value in epoch.items()} for epoch in record.history]
@@ -156,9 +161,8 @@ class MlflowSink(Sink):
         for run in self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{record.job.key}'"):
             self.client.delete_run(run.info.run_id)  # cut short by the end of its sweep
         job = record.job
-        name = f"{job.detector_label} · {job.dataset} · {job.category} · s{job.seed}"
         tags = {KEY: job.key, "slug": job.slug, "mlflow.source.name": "bench run"}
-        logger = MLFlowLogger(experiment_name=self.experiment, tracking_uri=self.uri, tags=tags, run_name=name)
+        logger = MLFlowLogger(experiment_name=self.experiment, tracking_uri=self.uri, tags=tags, run_name=run_name(job))
         self._fill(logger, record)
 
 
@@ -177,10 +181,9 @@ class WandbSink(Sink):
 
         job = record.job
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{job.detector_label} · {job.dataset} · {job.category} · s{job.seed}"
         project = os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "_", self.experiment)  # which W&B takes in no name
         options: dict[str, Any] = {"project": project, "save_dir": self.folder}
-        logger = WandbLogger(name=name, id=job.key, group=job.dataset, **options)
+        logger = WandbLogger(name=run_name(job), id=job.key, group=job.dataset, **options)
         self._fill(logger, record)
         logger.experiment.finish()
         self._mark(job).touch()
