@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ganomaly_plugin import __version__
-from ganomaly_plugin.errors import InvalidInput, one_line
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import WITHOUT_CONTROL, storable
 from ganomaly_plugin.files import atomic_write, check_writable
 from ganomaly_plugin.report.comparisons import friedman_text, over_data_sets, p_number
 from ganomaly_plugin.report.figures.ranks import critical_difference
 from ganomaly_plugin.report.figures.sheets import truth_words
-from ganomaly_plugin.report.figures.style import PAGE, Canvas, inline_svg, styled
+from ganomaly_plugin.report.figures.style import PAGE, Canvas, styled
 from ganomaly_plugin.report.groups import Group, class_of, groups
 from ganomaly_plugin.report.page import (
     COST_HEAD,
@@ -24,6 +25,7 @@ from ganomaly_plugin.report.page import (
     Figure,
     commands,
     failures,
+    figure,
     heading,
     machines,
     section,
@@ -84,15 +86,12 @@ def _across(there: list[Group]) -> list[tuple[str, Figure | None]]:
     """For each protocol what Friedman's test says over its data sets, with the diagram where there is one."""
     found: list[tuple[str, Figure | None]] = []
     for k, (protocol, tested, why) in enumerate(over_data_sets([group.table for group in there]) if there else ()):
-        figure = None
+        diagram = None
         if tested is not None:
-            mine, prefix = [group for group in there if group.protocol == protocol], f"cd{k}-"
-            try:
-                drawing = critical_difference(mine, Canvas(WIDE if len(tested.ranks) > 8 else WIDE / 2, PAGE))
-                figure = Figure(f"{prefix}text", inline_svg(drawing.figure, prefix), drawing.caption)
-            except InvalidInput as error:
-                figure = Figure(f"{prefix}text", "", one_line(error))
-        found.append((friedman_text(protocol, tested, why), figure))
+            mine = [group for group in there if group.protocol == protocol]
+            canvas = Canvas(WIDE if len(tested.ranks) > 8 else WIDE / 2, PAGE)
+            diagram = figure(f"cd{k}", partial(critical_difference, mine, canvas))
+        found.append((friedman_text(protocol, tested, why), diagram))
     return found
 
 

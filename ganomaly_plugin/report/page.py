@@ -83,7 +83,10 @@ def section(k: int, group: Group, tables: Iterable[Table], budget: list[int]) ->
     means = seed_means(group.results, group.table)
     made.comparison = compare(group.results.store, group.records, group.table, means)
     made.verdict = _verdict(group, made.comparison)
-    draw = _Figures(f"g{k}")
+
+    def draw(name: str, make: Callable[[], Drawing]) -> Figure:
+        return figure(f"g{k}-{name}", make)
+
     made.figures = {
         "bars": [
             draw("bars", lambda: bars(group, Canvas(WIDE, PAGE))),
@@ -111,19 +114,14 @@ def section(k: int, group: Group, tables: Iterable[Table], budget: list[int]) ->
     return made
 
 
-class _Figures:
-    """Draws figures of one section, each with ids of its own."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __call__(self, name: str, make: Callable[[], Drawing]) -> Figure:
-        prefix = f"{self.prefix}-{name}-"
-        try:
-            drawing = make()
-        except InvalidInput as error:
-            return Figure(f"{prefix}text", "", one_line(error))
-        return Figure(f"{prefix}text", inline_svg(drawing.figure, prefix), drawing.caption)
+def figure(name: str, make: Callable[[], Drawing]) -> Figure:
+    """What `make` draws, or why it cannot; ids on the page begin with `name`. To be called inside `styled(PAGE)`."""
+    prefix = f"{name}-"
+    try:
+        drawing = make()
+    except InvalidInput as error:
+        return Figure(f"{prefix}text", "", one_line(error))
+    return Figure(f"{prefix}text", inline_svg(drawing.figure, prefix), drawing.caption)
 
 
 def _with_literature(table: Table) -> Table:
