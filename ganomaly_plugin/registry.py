@@ -13,6 +13,7 @@ import importlib
 import operator
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -107,11 +108,15 @@ def entries(kind: str) -> dict[str, Entry]:
     return found
 
 
+def _entry(known: Mapping[str, Entry], name: str) -> Entry | None:
+    """The entry of `name`, itself or as a member of a family."""
+    family, colon, _ = name.partition(":")
+    return known.get(name) or known.get(family + colon)
+
+
 def is_registered(kind: str, name: str) -> bool:
     """Whether `name` is registered, itself or as a member of a family: resolving it imports no class path."""
-    known = entries(kind)
-    family, colon, _ = name.partition(":")
-    return name in known or (bool(colon) and family + colon in known)
+    return _entry(entries(kind), name) is not None
 
 
 def list_detectors(pattern: str = "*") -> list[str]:
@@ -142,30 +147,29 @@ def resolve(kind: str, name: str) -> Any:
     bare = name.partition("[")[0]
     if name.endswith("]") and bare in known:  # as tables and command lines write it
         raise InvalidInput(f"{name!r} is a name with options. Give {bare!r}, and options as keyword arguments.")
-    family, colon, argument = name.partition(":")
-    in_family = name not in known and family + colon in known
-    target = known[family + colon if in_family else name].target if in_family or name in known else name
+    entry = _entry(known, name)
+    target = name if entry is None else entry.target
     module, _, attribute = target.partition(":")
-    if not attribute and name in known:
+    if not attribute and entry is not None:
         raise InvalidInput(f"{kind} {name!r} is registered as {target!r}, which names no object. Register module:attribute.")
     if not attribute:
         raise unknown(kind, name, known, todo=_ELSE[kind])
-    if not argument and (in_family or (name in known and name.endswith(":"))):
+    if entry is not None and name == entry.name and name.endswith(":"):
         raise InvalidInput(f"{kind} {name!r} needs a name or a path after the colon.")
     try:
         found = operator.attrgetter(attribute)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a SyntaxError first of all, or exit
         todo = ""
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):  # not one that it imports
-            entry = known.get(family + colon if in_family else name)
             todo = f" Install {entry.source} anew, which registers it." if entry else _ON_PATH
         raise InvalidInput(f"Cannot import {kind} {name!r} ({target}): {one_line(error)}.{todo}") from error
     if kind == "detector" and not _looks_like_a_detector(found):
         raise InvalidInput(f"{name!r} ({target}) is not a detector. Give a Recipe, or a class with fit and score.")
     if not callable(found):
         raise InvalidInput(f"{name!r} ({target}) is not a {kind}: it cannot be called. Give a function or a class.")
-    if not in_family:
+    if entry is None or name == entry.name:
         return found
+    argument = name.removeprefix(entry.name)
     return found.for_name(argument) if hasattr(found, "for_name") else functools.partial(found, argument)
 
 
@@ -225,8 +229,7 @@ def load_detector(path: str | os.PathLike[str], *, device: str = "auto", name: s
 
     content = read_detector_file(path)
     saved = content.get("name")
-    family = f"{str(saved).partition(':')[0]}:"
-    if name is None and not {saved, family} & set(entries("detector")):
+    if name is None and not is_registered("detector", str(saved)):
         raise InvalidInput(
             f"{path} holds a detector {saved!r} that is not registered. If you trust it, pass its class path as name=."
         )
