@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import sys
 import time
@@ -11,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ganomaly_plugin.errors import InvalidInput, unknown
+from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.escape import printable
 from ganomaly_plugin.selection import parse_options, parse_seeds, parse_selection, show
 
@@ -265,16 +264,10 @@ def sys_info(options: Any) -> int:
 def test(options: Any) -> int:
     """Run the conformance suite on detectors; 1 when a check fails."""
     from ganomaly_plugin.conformance import run_checks
-    from ganomaly_plugin.registry import entries
+    from ganomaly_plugin.registry import detectors_like
 
-    known = sorted(name for name in entries("detector") if not name.endswith(":"))
-    chosen = []
-    for item in options.models:
-        selection = parse_selection(item, "model")
-        matches = fnmatch.filter(known, selection.name) if any(c in selection.name for c in "*?") else [selection.name]
-        if not matches:
-            raise unknown("detector pattern", selection.name, known)
-        chosen += [(name, dict(selection.options)) for name in matches]
+    selections = [parse_selection(item, "model") for item in options.models]
+    chosen = [(name, dict(each.options)) for each in selections for name in detectors_like(each.name)]
     totals: Counter[str] = Counter()
     for name, hparams in chosen:
         print(show(name, hparams))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ganomaly_plugin.hparams import (
     told_hparams,
 )
 from ganomaly_plugin.recipe import Recipe
-from ganomaly_plugin.registry import entries, make_detector, resolve
+from ganomaly_plugin.registry import detectors_like, make_detector, resolve
 from ganomaly_plugin.selection import Selection, show
 
 
@@ -226,16 +225,10 @@ def check_budget(experiment: Experiment) -> None:
 
 def select_models(experiment: Experiment) -> list[Model]:
     """The experiment's models, patterns expanded, every hyperparameter checked."""
-    names = sorted(name for name in entries("detector") if not name.endswith(":"))
     models: list[Model] = []
     used: set[str] = set()
     for selection in experiment.models:
-        matches = [selection.name]
-        if any(char in selection.name for char in "*?"):
-            matches = fnmatch.filter(names, selection.name)
-            if not matches:
-                raise unknown("detector pattern", selection.name, names)
-        for name in matches:
+        for name in detectors_like(selection.name):
             model, shared = _select(name, selection.options, experiment)
             used |= shared
             models.append(model)

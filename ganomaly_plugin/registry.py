@@ -126,6 +126,21 @@ def list_detectors(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(entries("detector"), pattern))
 
 
+def detectors_like(name: str) -> list[str]:
+    """The detectors that a shell pattern names, families left out; a name that is no pattern comes back alone.
+
+    Raises:
+        InvalidInput: The pattern matches none.
+    """
+    if not set("*?") & set(name):
+        return [name]
+    known = sorted(each for each in entries("detector") if not each.endswith(":"))
+    found = fnmatch.filter(known, name)
+    if not found:
+        raise unknown("detector pattern", name, known)
+    return found
+
+
 def anomalib_modules() -> dict[str, str]:
     """The recipes of this package by the name of their anomalib module: `Ganomaly` is made of `…:GanomalyRecipe`."""
     targets = [entry.target for entry in DETECTORS if entry.target.endswith("Recipe")]
