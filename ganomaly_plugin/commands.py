@@ -18,12 +18,6 @@ DEFAULTS: dict[str, Any] = {"datasets": ["digits"], "protocols": ["one-anomalous
 #: What `bench run` does unless --config or --datasets says otherwise: an honest table in about a minute on two cores.
 QUICKSTART: dict[str, Any] = {**DEFAULTS, "image_size": 16, "preset": {"features": 16}, "out": "results/quickstart"}
 
-#: Options of `bench run` that say where jobs run, not what they are.
-WHERE = (
-    *("executor", "workers", "devices", "jobs_per_device", "timeout", "retries", "cpus_per_job", "gpus_per_job", "address"),
-    *("partition", "time", "memory", "max_parallel", "sbatch", "slurm_folder"),
-)
-
 
 def ls(options: Any) -> int:
     """Print the registered detectors, data sets and protocols whose names match a pattern, and the options of a single one."""
@@ -36,6 +30,7 @@ def ls(options: Any) -> int:
 def experiment_from(options: Any) -> Any:
     """The `Experiment` of `bench run`'s options: the quickstart unless --config or --datasets is given."""
     from ganomaly_plugin.config import Experiment, check_keys
+    from ganomaly_plugin.executors.choose import WHERE_OPTIONS
     from ganomaly_plugin.trust import check_class_paths, check_out, check_own_words, on_command_line
 
     given = {key: value for key, value in vars(options).items() if value is not None}
@@ -50,7 +45,7 @@ def experiment_from(options: Any) -> Any:
         check_out(str(given["out"]), map(str, configs))
     if configs and given.get("slurm_folder") and not on_command_line("--slurm-folder", words):
         check_out(str(given["slurm_folder"]), map(str, configs), "slurm_folder")
-    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "cuda_graphs", "stack", *WHERE):
+    for flag in ("dry_run", "retry_failed", "fail_fast", "logger", "trainer", "cuda_graphs", "stack", *WHERE_OPTIONS):
         given.pop(flag, None)
     quickstart = not configs and "datasets" not in given
     merged = {**(QUICKSTART if quickstart else DEFAULTS), **given}
@@ -84,7 +79,7 @@ def run(options: Any) -> int:
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.detectors.base import resolve_device
-    from ganomaly_plugin.executors.choose import Where, make_executor
+    from ganomaly_plugin.executors.choose import WHERE_OPTIONS, Where, make_executor
     from ganomaly_plugin.files import as_path
     from ganomaly_plugin.progress import elapsed, following, status_folder
     from ganomaly_plugin.report.commands import tell
@@ -100,7 +95,7 @@ def run(options: Any) -> int:
     began = time.perf_counter()
     experiment = experiment_from(options)
     devices = tuple(options.devices) if options.devices is not None else None
-    where = Where(**{name: getattr(options, name) for name in WHERE if name != "devices"}, devices=devices)
+    where = Where(**{name: getattr(options, name) for name in WHERE_OPTIONS} | {"devices": devices})
     where.check_device(experiment.device)
     here = resolve_device(experiment.device) if where.on_this_machine else None
     device = experiment.device.partition(":")[0] if here is None else here.type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,10 @@ class Where:
     def __post_init__(self) -> None:
         if self.kind not in TAKES:
             raise InvalidInput(f"--executor must be {_either(TAKES)}, got {self.kind!r}.{nearest(self.kind, TAKES)}")
-        for name in self._given():
+        for name in (each for each in WHERE_OPTIONS if each != "executor" and getattr(self, each) is not None):
             if name not in TAKES[self.kind]:
                 takers = [kind for kind, options in TAKES.items() if name in options]
                 raise InvalidInput(f"{_flag(name)} is for --executor {_either(takers)}, not {self.kind}. Leave one out.")
-        for name in self._given():
             check_line(_flag(name), getattr(self, name))
         smallest_of = {
             "workers": 1,
@@ -90,7 +89,11 @@ class Where:
             if value is not None and value < smallest:
                 raise InvalidInput(f"{_flag(name)} must be at least {smallest}, got {value:g}.")
         if self.kind == "slurm":
-            self._check_slurm()
+            for name in ("cpus_per_job", "gpus_per_job"):
+                value = getattr(self, name)
+                if value is not None and value != int(value):
+                    raise InvalidInput(f"{_flag(name)} must be a whole number for SLURM, got {value:g}.")
+            self.resources()
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidInput(f"--timeout must be more than 0 seconds, got {self.timeout:g}.")
         if self.workers is not None and (self.devices is not None or self.jobs_per_device is not None):
@@ -107,13 +110,6 @@ class Where:
     def on_this_machine(self) -> bool:
         """Whether jobs see the devices and folders that this process sees."""
         return self.kind in ("inline", "local")
-
-    def _check_slurm(self) -> None:
-        for name in ("cpus_per_job", "gpus_per_job"):
-            value = getattr(self, name)
-            if value is not None and value != int(value):
-                raise InvalidInput(f"{_flag(name)} must be a whole number for SLURM, got {value:g}.")
-        self.resources()
 
     def resources(self) -> Resources:
         """What each SLURM task asks for."""
@@ -139,9 +135,6 @@ class Where:
             return 1
         return len(local_slots(self.devices, self.jobs_per_device or 1, self.workers))
 
-    def _given(self) -> Iterator[str]:
-        return (each.name for each in fields(self) if each.name != "executor" and getattr(self, each.name) is not None)
-
     def check_device(self, device: str) -> None:
         """Raise InvalidInput when jobs cannot be on torch's `device` there."""
         if not self.on_this_machine and device not in ("auto", "cpu", "cuda"):
@@ -152,6 +145,10 @@ class Where:
             )
         if self.devices is not None and device not in ("auto", "cuda"):
             raise InvalidInput(f"--devices chooses GPUs, --device says {device}. Leave one of them out.")
+
+
+#: Options of `bench run` that say where jobs run, not what they are.
+WHERE_OPTIONS = tuple(each.name for each in fields(Where))
 
 
 def check_line(flag: str, value: object) -> None:
