@@ -11,8 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,7 +74,7 @@ class JobStatus:
         self._written = 0.0
 
     def __enter__(self) -> JobStatus:
-        self._write(self.status)
+        self._write()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -88,17 +88,14 @@ class JobStatus:
 
     def epoch(self, epoch: int, detector: Detector, seconds: float) -> None:
         """Note that `epoch` took `seconds`."""
-        before = self.status
         stages = len(getattr(getattr(detector, "recipe", None), "stages", ())) or 1
         in_steps = self.job.steps is not None
         done = int(getattr(detector, "steps_", 0)) if in_steps else epoch
         total = self.job.steps if in_steps else self.job.epochs
         history = getattr(detector, "history_", None) or [{}]
         rate = self.images / seconds if self.images and seconds > 0 else None
-        self.status = Status(
-            started=before.started,
-            host=before.host,
-            pid=before.pid,
+        self.status = replace(
+            self.status,
             done=done,
             total=None if total is None else total * stages,
             unit="steps" if in_steps else "epochs",
@@ -106,15 +103,15 @@ class JobStatus:
             images_per_second=rate,
         )
         if time.monotonic() - self._written >= INTERVAL:
-            self._write(self.status)
+            self._write()
 
-    def _write(self, status: Status) -> None:
+    def _write(self) -> None:
         """Replace the file in one step. No fsync: after a power cut nobody wants it."""
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.{this_host()}.{status.pid}.tmp")
+        partial = self.path.with_name(f".{self.path.name}.{this_host()}.{self.status.pid}.tmp")
         with contextlib.suppress(OSError):  # the disk is full, or the watcher has gone: the job matters more
-            partial.write_text(json.dumps(asdict(status)))
+            partial.write_text(json.dumps(asdict(self.status)))
             partial.replace(self.path)
         self._written = time.monotonic()
 
@@ -164,14 +161,13 @@ class Board:
 
     def read(self, slugs: Mapping[str, Any]) -> dict[str, Status]:
         """The status of each job of `slugs` that is running now, by slug."""
-        return dict(self._statuses(slugs))
-
-    def _statuses(self, slugs: Mapping[str, Any]) -> Iterator[tuple[str, Status]]:
+        found = {}
         with contextlib.suppress(OSError):
             for path in self.folder.glob("*.json"):
                 status = self._read(path) if path.stem in slugs else None
                 if status is not None:
-                    yield path.stem, status
+                    found[path.stem] = status
+        return found
 
     def _read(self, path: Path) -> Status | None:
         """The status in `path`; None when it is damaged or its process is no more."""
