@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +21,34 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def global_states() -> dict[str, Any]:
+    """The states of the global generators, that of torch for the CPU, by library, as values that compare with `==`."""
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    numpy = (legacy[1].tobytes(), *legacy[2:])
+    return {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": numpy, "random": random.getstate()}
+
+
+@contextlib.contextmanager
+def kept(devices: Sequence[Any] | None = None) -> Iterator[None]:
+    """All of the global generators outside as before, whatever is drawn inside; of GPUs `devices`, or all."""
+    with torch.random.fork_rng(devices):
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
 @contextlib.contextmanager
 def seeded(seed: int, devices: Sequence[str] | None = None) -> Iterator[None]:
     """All of the global generators as `seed_all` leaves them inside, and as before outside; of GPUs `devices`, or all.
 
     Threads wait for each other.
     """
-    with _TURNS, torch.random.fork_rng(devices):
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with _TURNS, kept(devices):
         seed_all(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        yield
 
 
 @contextlib.contextmanager

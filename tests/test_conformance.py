@@ -46,10 +46,11 @@ from faulty_detectors import (
 from ganomaly_plugin import load_detector, make_detector
 from ganomaly_plugin.conformance import CHECKS, CheckResult, run_checks
 from ganomaly_plugin.conformance.checks_results import seed_repeats
-from ganomaly_plugin.conformance.subject import Exempt, Subject, global_rng_states
+from ganomaly_plugin.conformance.subject import Exempt, Subject
 from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.registry import DETECTORS
+from ganomaly_plugin.seeding import global_states
 
 
 def answers(name: str, hparams: dict[str, Any] | None = None) -> dict[str, CheckResult]:
@@ -217,9 +218,9 @@ def test_what_the_user_sets_comes_before_the_cheap_settings():
 
 @pytest.mark.parametrize("name", ["UsesGlobalRng", "SeedsGlobalRng"])
 def test_the_suite_gives_the_callers_random_state_back(name):
-    before = global_rng_states()
+    before = global_states()
     answers(f"faulty_detectors:{name}")
-    assert global_rng_states() == before
+    assert global_states() == before
 
 
 def test_seeds_are_not_held_to_the_cpus_promise_where_auto_is_cuda(monkeypatch):

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ganomaly_plugin.conformance import checks_inputs, checks_results
-from ganomaly_plugin.conformance.subject import Check, Exempt, Failed, Subject, global_rng_kept
+from ganomaly_plugin.conformance.subject import Check, Exempt, Failed, Subject
 from ganomaly_plugin.errors import FAULTS, BenchError, InvalidInput, check_known, one_line
+from ganomaly_plugin.seeding import kept
 
 _CHECKS: dict[str, Check] = {**checks_results.CHECKS, **checks_inputs.CHECKS}
 #: What is asked, by the name of the check, in the order of running.
@@ -69,7 +72,7 @@ def _results(subject: Subject) -> Iterator[CheckResult]:
 
 
 def _run(check: Check, subject: Subject) -> tuple[Literal["passed", "failed", "exempt"], str]:
-    with global_rng_kept():
+    with kept(range(min(1, torch.cuda.device_count()))):
         try:
             return "passed", check(subject)
         except Exempt as reason:

@@ -18,16 +18,15 @@ from ganomaly_plugin.conformance.subject import (
     anomalies,
     expect_equal,
     expect_scores,
-    global_rng_states,
     normals,
     refusal,
-    seed_global_rngs,
 )
 from ganomaly_plugin.core import canonical_json
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.hparams import check_recordable, check_told
 from ganomaly_plugin.metrics import auroc, check_scores
 from ganomaly_plugin.registry import entries, load_detector, make_detector
+from ganomaly_plugin.seeding import global_states, seed_all
 
 FLOOR = 0.7  # AUROC on the toy problem; chance is 0.5
 
@@ -101,7 +100,7 @@ def ignores_global_rng(subject: Subject) -> str:
     """The state of the global random generators (torch, NumPy, random) does not change the result."""
     results = []
     for state in (101, 202):
-        seed_global_rngs(state)
+        seed_all(state)
         results.append(subject.fit(subject.train.copy()).score(subject.test.copy()))
     expect_equal(results[0], results[1], "another global random state", tolerance=1e-6)
     return "equal"
@@ -109,10 +108,10 @@ def ignores_global_rng(subject: Subject) -> str:
 
 def keeps_global_rng(subject: Subject) -> str:
     """Making, fitting and scoring leave the global random generators of the caller as they were."""
-    seed_global_rngs(303)
-    before = global_rng_states()
+    seed_all(303)
+    before = global_states()
     subject.fit(subject.train.copy()).score(subject.test.copy())
-    after = global_rng_states()
+    after = global_states()
     moved = [name for name in before if before[name] != after[name]]
     if moved:
         raise Failed(f"expected the global random states untouched, got others for {', '.join(moved)}")

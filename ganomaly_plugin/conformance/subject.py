@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from ganomaly_plugin.detectors.base import resolve_device
 from ganomaly_plugin.errors import BenchError
@@ -149,29 +146,3 @@ def refusal(action: Callable[[], Any], what: str) -> str:
     except Exception as error:
         raise Failed(f"{wanted}, got {type(error).__name__}: {str(error)[:120]}") from error
     raise Failed(f"{wanted}, but it was accepted")
-
-
-def seed_global_rngs(seed: int) -> None:
-    """Put the global generators of torch, NumPy and `random` in a known state."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the legacy global state is what is tested
-    random.seed(seed)
-
-
-def global_rng_states() -> dict[str, Any]:
-    """The states of the global generators, by library, as values that compare with `==`."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002 - as above
-    numpy_state = (legacy[1].tobytes(), *legacy[2:])
-    return {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": numpy_state, "random": random.getstate()}
-
-
-@contextmanager
-def global_rng_kept() -> Iterator[None]:
-    """Give the caller's global generators back as they were, whatever a detector or a check did to them."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - as above
-    with torch.random.fork_rng(devices=range(min(1, torch.cuda.device_count()))):
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002 - as above
-            random.setstate(python_state)

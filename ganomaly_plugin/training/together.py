@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.recipe import Networks, Stage
+from ganomaly_plugin.seeding import global_states
 from ganomaly_plugin.training.captured import Record
 from ganomaly_plugin.training.choice import Choice, way_for
 from ganomaly_plugin.training.detector import RecipeDetector
@@ -186,14 +185,13 @@ def _too_large(
 def _nothing_drawn(device: torch.device) -> Iterator[None]:
     """Refuse a step that draws from the process's own generators, which the models of a stack would share."""
 
-    def generators() -> list[Any]:
-        _, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - which a recipe may draw from
-        of_torch = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-        return [random.getstate(), np.asarray(numbers).tobytes(), rest, *(state.numpy().tobytes() for state in of_torch)]
+    def states() -> list[Any]:
+        gpu = [torch.cuda.get_rng_state(device).numpy().tobytes()] if device.type == "cuda" else []
+        return [global_states(), *gpu]
 
-    before = generators()
+    before = states()
     yield
-    if before != generators():
+    if before != states():
         raise InvalidInput("a step draws random numbers of its own, as dropout does, and not by the recipe's draw")
 
 
