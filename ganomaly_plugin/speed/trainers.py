@@ -16,7 +16,7 @@ from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.recipe import Recipe, Stage
 from ganomaly_plugin.training.captured import WARM_UP, Record, record_on
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, epoch_batches, order_of, resident
-from ganomaly_plugin.training.stack import How, make_stack
+from ganomaly_plugin.training.stack import WAYS, How, make_stack
 from ganomaly_plugin.training.stacked import check_stackable
 
 
@@ -134,14 +134,7 @@ TRAINERS: Mapping[str, Prepare] = {
     "plain": plain,
     "compiled": compiled,
     "stacked": stacked,
-    "stacked-turns": functools.partial(stacked, how="turns"),
-    "stacked-grouped": functools.partial(stacked, how="grouped"),
-    "stacked-matmul": functools.partial(stacked, how="matmul"),
-    "stacked-implicit": functools.partial(stacked, how="implicit"),
-    "stacked-streams": functools.partial(stacked, how="streams"),
+    **{name: functools.partial(stacked, how=how) for name, how in WAYS.items()},
     "captured": functools.partial(captured, jobs=1),
-    "captured-grouped": functools.partial(captured, how="grouped"),
-    "captured-matmul": functools.partial(captured, how="matmul"),
-    "captured-implicit": functools.partial(captured, how="implicit"),
-    "captured-streams": functools.partial(captured, how="streams"),
+    **{f"captured-{how}": functools.partial(captured, how=how) for how in WAYS.values() if how != "turns"},
 }
