@@ -85,7 +85,7 @@ class BaseDetector(ABC):
         if steps is not None and (epochs is not None or not self.has_steps):
             why = f"got epochs={epochs} and steps={steps}. Give epochs or steps, not both."
             why = why if self.has_steps else "has no budget in steps. Leave steps out."
-            raise InvalidInput(f"{self.name or type(self).__name__} {why}")
+            raise InvalidInput(f"{self._called} {why}")
         seed = check_seed(seed)
         checked = check_images(images)
         _, c, h, w = checked.shape
@@ -111,7 +111,7 @@ class BaseDetector(ABC):
                 finite, as of networks whose last step diverged.
         """
         checked = self._check(images)
-        return check_scores(_array(self._score(checked)), len(checked), self.name or type(self).__name__)
+        return check_scores(_array(self._score(checked)), len(checked), self._called)
 
     def named_scores(self, images: Any) -> dict[str, np.ndarray]:
         """Every score that the method offers, by name: float64 `(n,)` each; {} for a method with one score only."""
@@ -137,13 +137,12 @@ class BaseDetector(ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted detector to one file of tensors and plain values (no pickled code); see `load_detector`."""
-        if not hasattr(self, "image_shape_"):
-            raise NotFitted(f"{self.name or type(self).__name__} is not fitted; call fit(images) first.")
+        self._check_fitted()
         content = {
             "ganomaly_plugin": FORMAT,
             "version": __version__,
             "name": self.name,
-            "hparams": recorded_hparams(self.name or type(self).__name__, self._made_from, self.hparams),
+            "hparams": recorded_hparams(self._called, self._made_from, self.hparams),
             "image_shape": list(self.image_shape_),
             "state": self._state(),
         }
@@ -190,10 +189,10 @@ class BaseDetector(ABC):
         """Scores `(n,)` of checked images."""
 
     def _anomaly_map(self, images: Tensor) -> Tensor | np.ndarray:
-        raise InvalidInput(f"{self.name or type(self).__name__} has no anomaly map: it does not reconstruct its input.")
+        raise InvalidInput(f"{self._called} has no anomaly map: it does not reconstruct its input.")
 
     def _reconstruct(self, images: Tensor) -> Tensor | np.ndarray:
-        raise InvalidInput(f"{self.name or type(self).__name__} offers no reconstruction.")
+        raise InvalidInput(f"{self._called} offers no reconstruction.")
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -203,9 +202,17 @@ class BaseDetector(ABC):
     def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """The inverse of `_state`."""
 
-    def _check(self, images: Any) -> Tensor:
+    @property
+    def _called(self) -> str:
+        """How messages call it."""
+        return self.name or type(self).__name__
+
+    def _check_fitted(self) -> None:
         if not hasattr(self, "image_shape_"):
-            raise NotFitted(f"{self.name or type(self).__name__} is not fitted; call fit(images) first.")
+            raise NotFitted(f"{self._called} is not fitted; call fit(images) first.")
+
+    def _check(self, images: Any) -> Tensor:
+        self._check_fitted()
         return check_images(images, chw=self.image_shape_)
 
 
