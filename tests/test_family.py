@@ -24,8 +24,9 @@ from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.hparams import default_hparams
 from ganomaly_plugin.recipe import Networks, Optimiser, Recipe, StepInput
 from ganomaly_plugin.registry import resolve
-from ganomaly_plugin.training.detector import RecipeDetector, scoring_mode
+from ganomaly_plugin.training.detector import RecipeDetector
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks
+from ganomaly_plugin.training.scoring import scoring_mode
 
 CPU = torch.device("cpu")
 FAMILY = ("vae", "skip_ganomaly", "egbad", "alad", "f_anogan", "anogan")

@@ -16,10 +16,8 @@ from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.recipe import Networks, Recipe, recipe_hparams
 from ganomaly_plugin.training.fitting import Fitting
 from ganomaly_plugin.training.plain import PlainTrainer, build_networks, to_device, train
-from ganomaly_plugin.training.scoring import in_chunks, scoring_mode
+from ganomaly_plugin.training.scoring import in_chunks
 from ganomaly_plugin.training.validation import check_choice
-
-__all__ = ["RecipeDetector", "scoring_mode"]
 
 
 class RecipeDetector(BaseDetector):
@@ -64,6 +62,12 @@ class RecipeDetector(BaseDetector):
         """The method's published budget."""
         return self.recipe.default_epochs
 
+    def budget(self, epochs: int | None, steps: int | None) -> tuple[int, int | None]:
+        """The epochs, or the steps, to train for: the method's published ones where neither is given."""
+        if epochs is None and steps is None:
+            steps = self.recipe.default_steps
+        return (self.default_epochs if epochs is None else epochs), steps
+
     def check_shape(self, chw: tuple[int, int, int]) -> None:
         """Raise InvalidInput when the recipe's networks cannot be built for images of `(c, h, w)`, or no epoch be chosen."""
         self.recipe.check_shape(chw)
@@ -79,8 +83,7 @@ class RecipeDetector(BaseDetector):
         on_epoch: OnEpoch | None,
         steps: int | None = None,
     ) -> None:
-        if epochs is None and steps is None:
-            steps = self.recipe.default_steps
+        epochs, steps = self.budget(epochs, steps)
         fitting = Fitting(self, images, seed=seed, device=device, on_epoch=on_epoch)
 
         def after_epoch(epoch: int, trainer: PlainTrainer, losses: dict[str, float]) -> bool:
@@ -90,7 +93,7 @@ class RecipeDetector(BaseDetector):
             self.recipe,
             fitting.images,
             seed=seed,
-            epochs=self.default_epochs if epochs is None else epochs,
+            epochs=epochs,
             steps=steps,
             device=device,
             compiled=self.compiled,

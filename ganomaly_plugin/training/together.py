@@ -116,12 +116,10 @@ class _Course:
         self.fitting = Fitting(detector, data, member.index, seed=member.seed, device=device, on_epoch=member.on_epoch)
         n = len(self.fitting.index)
         self.batch_size = min(recipe.batch_size, n)
-        if epochs is None and steps is None:
-            steps = recipe.default_steps
-        budget = detector.default_epochs if epochs is None else epochs
-        self.steps = budget * (n // self.batch_size) if steps is None else steps
+        epochs, steps = detector.budget(epochs, steps)
+        self.steps = epochs * (n // self.batch_size) if steps is None else steps
         self._epochs: Iterator[Iterator[Tensor]] = stage_epochs(
-            n, recipe.batch_size, order_of(member.seed), epochs=budget, steps=steps
+            n, recipe.batch_size, order_of(member.seed), epochs=epochs, steps=steps
         )
         self.left = self._rows(next(self._epochs))
         self.epoch = 1
