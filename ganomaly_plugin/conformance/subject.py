@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ganomaly_plugin.detectors.base import resolve_device
+from ganomaly_plugin.detectors.base import SUITE_BATCH, SUITE_BATCHES, resolve_device
 from ganomaly_plugin.errors import BenchError
 from ganomaly_plugin.hparams import recorded_hparams, told_hparams
 from ganomaly_plugin.registry import make_detector, resolve
@@ -44,7 +44,7 @@ class Subject:
         self.shape: tuple[int, int, int] = tuple(getattr(detector, "conformance_shape", (1, 16, 16)))
         self.cls = found
         self.hparams = self.told(detector)
-        self.batch = int(self.hparams.get("batch_size") or 8)
+        self.batch = int(self.hparams.get("batch_size") or SUITE_BATCH)
 
     def told(self, detector: Any) -> dict[str, Any]:
         """The detector's `hparams` as records and files hold them; {} where it has none."""
@@ -62,8 +62,8 @@ class Subject:
 
     @functools.cached_property
     def train(self) -> np.ndarray:
-        """Normal images, three batches of them; read-only, so that no check spoils them for the next."""
-        images = normals(3 * self.batch, self.shape, seed=1)
+        """Normal images; read-only, so that no check spoils them for the next."""
+        images = normals(SUITE_BATCHES * self.batch, self.shape, seed=1)
         images.flags.writeable = False
         return images
 

@@ -24,6 +24,8 @@ from ganomaly_plugin.images import check_images
 from ganomaly_plugin.metrics import check_scores
 
 FORMAT = 1
+#: Training images of the conformance suite: so many batches, of so many images each where a method has no batches of its own.
+SUITE_BATCHES, SUITE_BATCH = 3, 8
 
 
 class BaseDetector(ABC):

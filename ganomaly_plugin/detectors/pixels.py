@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
-from ganomaly_plugin.detectors.base import BaseDetector
+from ganomaly_plugin.detectors.base import SUITE_BATCH, SUITE_BATCHES, BaseDetector
 from ganomaly_plugin.errors import CorruptFile
 from ganomaly_plugin.images import to_float
 
 CHUNK = 4096  # images turned into vectors and scored at once: bounds memory, not the result
 CONSTANT = 1e-6  # a smaller deviation is rounding: one grey level in one of a million images gives 8e-6
 PROBES = 8  # training images whose scores a saved model must reproduce
-SUITE = 24  # training images of the conformance suite
 
 
 def draws_of(max_train: int | None) -> dict[str, str]:
     """What the conformance suite is told of a method that draws `max_train` training images and nothing else at random."""
-    if max_train is not None and max_train < SUITE:
+    if max_train is not None and max_train < SUITE_BATCHES * SUITE_BATCH:
         return {}
     return {"seed_matters": "nothing is drawn at random unless max_train is smaller than the training set"}
 
