@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ganomaly_plugin.errors import InvalidInput
 
 COMBINED = "combined"
-ROUNDING = 1e-12  # of the largest of some scores: by less they do not differ
+ROUNDING = 1e-12  # of the largest of some numbers: by less they do not differ
 SCORE_PREFIX, REFERENCE_PREFIX = "score.", "reference_score."  # of named scores among the arrays of a job
 
 
@@ -101,10 +101,10 @@ def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
     return float(false_positive[k - 1] + share * (false_positive[k] - false_positive[k - 1]))
 
 
-def deviation(score: np.ndarray) -> float:
-    """The standard deviation of scores; 1 where they differ by rounding alone, which is nothing to scale others with."""
-    found = float(score.std())
-    return found if found > ROUNDING * np.abs(score).max() else 1.0
+def scale_of(values: np.ndarray, *spreads: float) -> float:
+    """The first of the `spreads` of `values` that is more than rounding; 1 where none is: nothing to scale others with."""
+    least = ROUNDING * np.abs(values).max()
+    return next((float(spread) for spread in spreads if spread > least), 1.0)
 
 
 def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -115,7 +115,7 @@ def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndar
     if not test:
         return {}
     if COMBINED not in test:
-        scales = {name: (values.mean(), deviation(values)) for name, values in reference.items()}
+        scales = {name: (values.mean(), scale_of(values, values.std())) for name, values in reference.items()}
         test, reference = (
             {**scores, COMBINED: np.mean([(scores[k] - mean) / spread for k, (mean, spread) in scales.items()], axis=0)}
             for scores in (test, reference)

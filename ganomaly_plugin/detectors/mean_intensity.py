@@ -11,6 +11,7 @@ from ganomaly_plugin.core import OnEpoch
 from ganomaly_plugin.detectors.base import BaseDetector
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.images import to_float
+from ganomaly_plugin.metrics import scale_of
 
 
 class MeanIntensity(BaseDetector):
@@ -37,7 +38,7 @@ class MeanIntensity(BaseDetector):
     def _fit(self, images: Tensor, *, seed: int, epochs: int | None, device: torch.device, on_epoch: OnEpoch | None) -> None:
         means = _means(images)
         self.mean_ = float(means.mean())
-        self.std_ = float(means.std(correction=0)) or 1.0  # all images alike: plain differences
+        self.std_ = scale_of(means.numpy(), float(means.std(correction=0)))
 
     def _score(self, images: Tensor) -> Tensor:
         z = (_means(images) - self.mean_) / self.std_

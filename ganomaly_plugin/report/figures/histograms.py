@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.metrics import ROUNDING, deviation
+from ganomaly_plugin.metrics import scale_of
 from ganomaly_plugin.report.figures.legend import LINE, clipped, missing, remark
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
@@ -28,8 +28,7 @@ def standardised(group: Group, detector: str) -> tuple[np.ndarray, np.ndarray]:
         arrays = group.arrays(record)
         reference = arrays["reference_score"]
         low, middle, high = np.percentile(reference, [25, 50, 75])
-        scale = high - low if high - low > ROUNDING * np.abs(reference).max() else deviation(reference)
-        score = (arrays["score"] - middle) / scale
+        score = (arrays["score"] - middle) / scale_of(reference, high - low, reference.std())
         normal.append(score[~arrays["is_anomaly"]])
         anomalous.append(score[arrays["is_anomaly"]])
     return np.concatenate(normal), np.concatenate(anomalous)
