@@ -62,6 +62,11 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def available_cpus() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def without_folders(word: str) -> str:
     """A command-line word as it may be published: absolute paths relative to the working directory, or their last name.
 
@@ -81,7 +86,7 @@ def environment(device: str) -> dict[str, Any]:
     """Everything a record says of where it was made; `device` is the torch device that the job ran on."""
     import torch
 
-    found: dict[str, Any] = {
+    return {
         "versions": versions(),
         "git": git_state(),
         **_machine(),
@@ -91,7 +96,6 @@ def environment(device: str) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "command": ["bench", *(without_folders(word) for word in sys.argv[1:])],
     }
-    return found
 
 
 def _machine() -> dict[str, Any]:

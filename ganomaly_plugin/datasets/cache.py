@@ -12,6 +12,7 @@ from typing import Any
 
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.files import as_path, atomic_write, locked
+from ganomaly_plugin.provenance import available_cpus
 
 _PIECE = 1 << 20
 
@@ -73,11 +74,6 @@ def remembered_digests(paths: Iterable[Path], root: Path) -> dict[Path, dict[str
             known |= {_name(path): {"stamp": stamps[path], **digest} for path, digest in fresh.items()}
             atomic_write(sidecar, json.dumps(known, indent=1, sort_keys=True).encode())
     return {path: {kind: known[_name(path)][kind] for kind in ("sha256", "md5")} for path in stamps}
-
-
-def available_cpus() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(path: Path) -> str:

@@ -21,11 +21,12 @@ import numpy as np
 
 from ganomaly_plugin.core import canonical_json
 from ganomaly_plugin.datasets.base import ImageDataset
-from ganomaly_plugin.datasets.cache import available_cpus, cache_folder
+from ganomaly_plugin.datasets.cache import cache_folder
 from ganomaly_plugin.datasets.decode import BadImage, check_options, decode, decode_mask, is_grey, quiet_pillow
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.escape import storable
 from ganomaly_plugin.files import locked
+from ganomaly_plugin.provenance import available_cpus
 from ganomaly_plugin.selection import as_word
 
 _FORMAT = 4  # of the cached folder; a change of how pixels are made changes it

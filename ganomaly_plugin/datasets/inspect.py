@@ -14,12 +14,12 @@ import numpy as np
 from ganomaly_plugin.datasets import torchvision_sets
 from ganomaly_plugin.datasets.anomalib_sets import expand, list_anomalib
 from ganomaly_plugin.datasets.base import ImageDataset, check_options, data_root, load_dataset
-from ganomaly_plugin.datasets.cache import available_cpus
 from ganomaly_plugin.datasets.decode import BadImage, decode_mask, quiet_pillow, read_upright
 from ganomaly_plugin.datasets.elpv import list_elpv
 from ganomaly_plugin.datasets.folder import list_folder
 from ganomaly_plugin.datasets.imagefiles import ImageFile, Listing, Problem
 from ganomaly_plugin.errors import BenchError, InvalidInput, one_line
+from ganomaly_plugin.provenance import available_cpus
 
 _NAMED = 5  # examples of each finding that the lines name
 

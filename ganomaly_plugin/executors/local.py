@@ -21,6 +21,7 @@ from ganomaly_plugin.errors import one_line
 from ganomaly_plugin.executors.processes import interrupts_blocked, kill_with_descendants
 from ganomaly_plugin.executors.tries import Lost, Tries
 from ganomaly_plugin.executors.worker import BROKEN, READY, Raised, serve
+from ganomaly_plugin.provenance import available_cpus
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GRACE = 2.0  # seconds that a worker has to end by itself
@@ -46,9 +47,8 @@ def worker_threads(workers: int) -> int | None:
     """
     if workers == 1:
         return None
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    share = max(1, there // workers)
+    share = max(1, available_cpus() // workers)
     return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
