@@ -13,7 +13,7 @@ import yaml
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.datasets.anomalib_sets import expand as expand_categories
 from ganomaly_plugin.datasets.base import MAX_SIDE, ImageDataset, check_options, data_root, default_options, load_dataset
-from ganomaly_plugin.datasets.splits import Protocol, categories, get_protocol, make_split
+from ganomaly_plugin.datasets.splits import Protocol, categories, check_shares, get_protocol, make_split
 from ganomaly_plugin.errors import InvalidInput, nearest, one_line, unknown
 from ganomaly_plugin.hparams import (
     canonical_hparams,
@@ -217,10 +217,7 @@ def check_budget(experiment: Experiment) -> None:
         raise InvalidInput(f"image_size must be at least 1 and at most {MAX_SIDE}, got {experiment.image_size}.")
     if experiment.on_bad_image not in (None, "fail", "skip"):
         raise InvalidInput(f"on_bad_image must be fail or skip, got {experiment.on_bad_image!r}.")
-    if not 0 < experiment.train_fraction <= 1:
-        raise InvalidInput(f"train_fraction must be in (0, 1], got {experiment.train_fraction}.")
-    if not 0 <= experiment.contamination <= 0.5:
-        raise InvalidInput(f"contamination must be in [0, 0.5], got {experiment.contamination}.")
+    check_shares(experiment.train_fraction, experiment.contamination)
 
 
 def select_models(experiment: Experiment) -> list[Model]:

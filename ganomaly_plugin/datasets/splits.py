@@ -175,7 +175,7 @@ def make_split(
     protocol = get_protocol(protocol_id)
     allowed = categories(dataset, protocol)
     check_known(f"class of {dataset.name} under {protocol_id}", category, allowed)
-    _check_shares(train_fraction, contamination)
+    check_shares(train_fraction, contamination)
     seed = check_seed(seed)
     is_normal, is_anomalous = _kinds(dataset, protocol, category)
     split = protocol.indices(dataset, is_normal, is_anomalous, seed)
@@ -211,7 +211,8 @@ def _kinds(dataset: ImageDataset, protocol: Protocol, category: str) -> tuple[np
     return ~np.isin(dataset.labels, defects), chosen
 
 
-def _check_shares(train_fraction: float, contamination: float) -> None:
+def check_shares(train_fraction: float, contamination: float) -> None:
+    """Raise InvalidInput for a share of the training images that no split can have."""
     if not 0 < train_fraction <= 1:  # also NaN
         raise InvalidInput(f"train_fraction must be in (0, 1], got {train_fraction}.")
     if not 0 <= contamination <= 0.5:
