@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -64,10 +65,15 @@ def _latex_char(char: str) -> str:
 
 def markdown_escape(text: str) -> str:
     """`text` safe inside a Markdown table cell."""
-    plain = "".join(char if char.isprintable() else "?" for char in text)
+    plain = printable(text)
     for char in "\\|*_<>&`[]":
         plain = plain.replace(char, f"\\{char}")
     return plain
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """One row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def spreadsheet_safe(value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ganomaly_plugin.escape import markdown_escape
+from ganomaly_plugin.escape import markdown_escape, markdown_row
 from ganomaly_plugin.report.frame import GROUP
 from ganomaly_plugin.report.tables import describe_data
 
@@ -59,11 +59,9 @@ def cost_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 def cost_markdown(costs: pd.DataFrame) -> str:
     """The costs as a Markdown table; what a detector does not tell is left empty."""
-    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in costs.itertuples(index=False):
-        texts = [markdown_escape(cost_text(value)) for value in row]
-        rows.append("| " + " | ".join(texts) + " |")
-    return "\n".join(rows) + "\n"
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    rows += [[markdown_escape(cost_text(value)) for value in row] for row in costs.itertuples(index=False)]
+    return "".join(f"{markdown_row(row)}\n" for row in rows)
 
 
 def cost_text(value: object) -> str:

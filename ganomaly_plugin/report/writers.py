@@ -10,7 +10,7 @@ import pandas as pd
 from rich.cells import cell_len, set_cell_size
 
 from ganomaly_plugin.errors import CannotStore
-from ganomaly_plugin.escape import latex_escape, markdown_escape, printable, spreadsheet_safe
+from ganomaly_plugin.escape import latex_escape, markdown_escape, markdown_row, printable, spreadsheet_safe
 from ganomaly_plugin.files import atomic_write
 from ganomaly_plugin.report.costs import cost_frame, cost_markdown
 from ganomaly_plugin.report.frame import MEAN, runs_frame
@@ -41,13 +41,13 @@ def to_markdown(tables: Sequence[Table]) -> str:
         ranks = {column: table.ranks(column) for column in table.columns}
         average = table.average_ranks()
         head = ["detector", *(markdown_escape(column) for column in table.columns), *([RANK] if average else [])]
-        lines = [f"**{markdown_escape(caption(table))}**", "", _md_row(head), _md_row(["---"] * len(head))]
+        lines = [f"**{markdown_escape(caption(table))}**", "", markdown_row(head), markdown_row(["---"] * len(head))]
         for row in table.rows:
             cells = [_mark(cell_text(table.cells[row][c]), row, ranks[c], "**{}**", "<u>{}</u>") for c in table.columns]
-            lines.append(_md_row([markdown_escape(row), *cells, *rank_cell(average, row)]))
+            lines.append(markdown_row([markdown_escape(row), *cells, *rank_cell(average, row)]))
         for reference in table.references:
             cells = [f"*{text}*" for text in reference_cells(table, reference)]
-            lines.append(_md_row([f"*{markdown_escape(reference.label)}*", *cells, *([""] if average else [])]))
+            lines.append(markdown_row([f"*{markdown_escape(reference.label)}*", *cells, *([""] if average else [])]))
         lines += ["", *(f"- {markdown_escape(note)}" for note in notes(table))] if table.references else []
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
@@ -257,10 +257,6 @@ def _csv(frame: pd.DataFrame) -> str:
     unsafe = [name for name in text if any(spreadsheet_safe(value) is not value for value in frame[name].unique())]
     safe = frame.assign(**{name: frame[name].map(spreadsheet_safe) for name in unsafe})
     return safe.rename(columns=lambda name: str(spreadsheet_safe(str(name)))).to_csv(index=False, lineterminator="\n")
-
-
-def _md_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _mark(text: str, row: str, ranks: tuple[set[str], set[str]], best: str, second: str) -> str:

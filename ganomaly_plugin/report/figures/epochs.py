@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.escape import clip, markdown_escape
+from ganomaly_plugin.escape import clip, markdown_escape, markdown_row
 from ganomaly_plugin.report.figures.legend import clipped, line_style, marker_style, remark
 from ganomaly_plugin.report.figures.losses import thinned
 from ganomaly_plugin.report.figures.style import DRAWN, Canvas, Drawing, new_figure
@@ -111,13 +110,8 @@ def _panel(axes: Any, group: Group, made: list[Choice], canvas: Canvas) -> None:
 
 def table(made: Sequence[Choice]) -> str:
     """The numbers of the figure as Markdown."""
-    lines = [
-        "| data set | detector | jobs | last epoch | best test epoch (oracle) | difference |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = [["data set", "detector", "jobs", "last epoch", "best test epoch (oracle)", "difference"], ["---"] * 6]
     for choice in made:
-        texts = [markdown_escape(choice.dataset), markdown_escape(choice.detector), str(choice.jobs)]
-        numbers = [choice.last, choice.best]
-        texts += ["–" if math.isnan(value) else f"{value:.3f}" for value in numbers] + [f"{choice.gain:+.3f}"]
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+        names = [markdown_escape(choice.dataset), markdown_escape(choice.detector), str(choice.jobs)]
+        rows.append([*names, f"{choice.last:.3f}", f"{choice.best:.3f}", f"{choice.gain:+.3f}"])
+    return "".join(f"{markdown_row(row)}\n" for row in rows)
