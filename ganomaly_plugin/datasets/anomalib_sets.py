@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
     base = _folder(cls, root)
     module = cls(root=str(base), **({"category": category} if category else {}), **_no_extra_splits(cls))
     try:
-        with _chatter_on_stderr():
+        with contextlib.redirect_stdout(sys.stderr):  # what it has to say
             if download:
                 module.prepare_data()
             # The default of Real-IAD and MVTec AD 2, "none", drops the normal images of the test part.
@@ -129,7 +129,7 @@ def list_anomalib(name: str, *, root: Path, category: str = "", download: bool =
 
 
 def _listing(name: str, category: str, base: Path, module: Any) -> Listing:
-    files, problems, kinds = [], [], dict[str, int]()
+    files, problems, kinds = [], [], Counter[str]()
     has_masks = False
     for is_test, part in ((False, module.train_data), (True, module.test_data)):
         for row in part.samples.to_dict("records"):
@@ -142,11 +142,10 @@ def _listing(name: str, category: str, base: Path, module: Any) -> Listing:
             except (OSError, BadImage) as error:
                 problems.append(Problem(path, getattr(error, "strerror", None) or str(error)))
             if label == 1:
-                kind = storable(str(row.get("label", ANOMALY)))
-                kinds[kind] = kinds.get(kind, 0) + 1
+                kinds[storable(str(row.get("label", ANOMALY)))] += 1
     from importlib.metadata import version
 
-    source = {"anomalib": version("anomalib"), "category": category, "files": len(files), "defects": kinds}
+    source = {"anomalib": version("anomalib"), "category": category, "files": len(files), "defects": dict(kinds)}
     files.sort(key=lambda file: (file.is_test, str(file.path)))
     shown = f"{_PREFIX}{name}"
     return Listing(shown, base, files, (NORMAL, ANOMALY), (ANOMALY,), True, has_masks, problems, source)
@@ -183,9 +182,3 @@ def _no_extra_splits(cls: Any) -> dict[str, Any]:
     if "val_split_mode" in takes and str(takes["val_split_mode"].default).endswith(("from_dir", "FROM_DIR")):
         wanted.pop("val_split_mode")  # the set has validation images of its own
     return {key: value for key, value in wanted.items() if key in takes}
-
-
-@contextlib.contextmanager
-def _chatter_on_stderr() -> Iterator[None]:
-    with contextlib.redirect_stdout(sys.stderr):
-        yield

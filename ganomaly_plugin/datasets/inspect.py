@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -234,10 +235,7 @@ def _check_listing(listing: Listing) -> Report:
 
 def _lonely(listing: Listing) -> Iterator[Problem]:
     """Folders that hold one image: nothing can be learned from one, nor much measured."""
-    folders: dict[Path, int] = {}
-    for file in listing.files:
-        folders[file.path.parent] = folders.get(file.path.parent, 0) + 1
-    for folder, count in folders.items():
+    for folder, count in Counter(file.path.parent for file in listing.files).items():
         if count == 1:
             yield Problem(folder, "a folder of one image")
 
