@@ -120,26 +120,10 @@ def refuses_wrong_size(subject: Subject) -> str:
     return refusal(lambda: subject.fitted.score(images), f"score of {2 * height}×{2 * width}, fitted on {height}×{width}")
 
 
-def _empty(images: np.ndarray) -> np.ndarray:
-    return images[:0]
-
-
 def _with_nan(images: np.ndarray) -> np.ndarray:
     bad = as_float(images)
     bad[-1, 0, 3, 3] = np.nan
     return bad
-
-
-def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)
-
-
-def _rescaled(images: np.ndarray) -> np.ndarray:
-    return images.astype(np.float32)  # [0, 255]: the mistake that users make
-
-
-def _int64(images: np.ndarray) -> np.ndarray:
-    return images.astype(np.int64)
 
 
 def _refuses(name: str, asked: str, spoil: Callable[[np.ndarray], np.ndarray]) -> Check:
@@ -166,10 +150,13 @@ _ALL: tuple[Check, ...] = (
     refuses_unfitted,
     refuses_wrong_channels,
     refuses_wrong_size,
-    _refuses("refuses_empty", "No images at all are refused.", _empty),
+    _refuses("refuses_empty", "No images at all are refused.", lambda images: images[:0]),
     _refuses("refuses_nan", "Images that hold NaN are refused.", _with_nan),
-    _refuses("refuses_wrong_ndim", "An array that is not `(n, c, h, w)` is refused.", _flat),
-    _refuses("refuses_out_of_range", "Float images outside [-1, 1] are refused.", _rescaled),
-    _refuses("refuses_int64", "int64 images are refused.", _int64),
+    _refuses(
+        "refuses_wrong_ndim", "An array that is not `(n, c, h, w)` is refused.", lambda images: images.reshape(len(images), -1)
+    ),
+    # In [0, 255]: the mistake that users make.
+    _refuses("refuses_out_of_range", "Float images outside [-1, 1] are refused.", lambda images: images.astype(np.float32)),
+    _refuses("refuses_int64", "int64 images are refused.", lambda images: images.astype(np.int64)),
 )
 CHECKS: Mapping[str, Check] = {getattr(check, "__name__", ""): check for check in _ALL}
