@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ganomaly_plugin.detectors.anomalib_data import make_engine
+from ganomaly_plugin.detectors.anomalib_models import quiet
 from ganomaly_plugin.recipe import Networks, Recipe
 from ganomaly_plugin.training.lightning import HIDDEN, RecipeModule
 from ganomaly_plugin.training.lightning_classes import module_class
@@ -47,25 +46,8 @@ def fit_batches(
     items = [ImageBatch(image=batch.expand(-1, 3, -1, -1)) for batch in batches]  # anomalib knows 3 channels only
     loader: Any = DataLoader(items, batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
     losses = _Losses()
-    place = {"accelerator": "cpu"} if device.type == "cpu" else {"accelerator": "gpu", "devices": [device.index or 0]}
-    quiet = logging.getLogger("lightning.pytorch")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            engine = Engine(
-                callbacks=[losses],
-                default_root_dir=folder,
-                max_epochs=epochs,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **place,
-                **trainer,
-            )
-            engine.fit(module, train_dataloaders=loader)
-    finally:
-        quiet.setLevel(level)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        make_engine(device, folder, [losses], max_epochs=epochs, **trainer).fit(module, train_dataloaders=loader)
     return losses.steps
 
 
