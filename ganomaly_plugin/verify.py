@@ -182,25 +182,20 @@ def _compare(
 ) -> list[Difference]:
     losses, trained = replay(recipe, networks, batches, device)
     test = torch.from_numpy(recording["test_images"]).to(device)
-    scores, fakes = {}, {}
-    for mode in ("running", "batch"):
+    scores = {}
+    for key, mode in (("test_scores_eval", "running"), ("test_scores_batchstats", "batch")):
         with torch.no_grad(), scoring_mode(trained, mode):
-            scores[mode] = recipe.score(trained, test).cpu().numpy()
-            fakes[mode] = trained["generator"](test)[0].cpu().numpy()
-
-    differences = [
-        _difference("losses", {name: (losses[:, k], recording["losses"][:, k]) for k, name in enumerate(LOSSES)}, 1e-5)
+            scores[key] = recipe.score(trained, test).cpu().numpy(), recording[key]
+    with torch.no_grad(), scoring_mode(trained, "running"):
+        fake, wanted = trained["generator"](test)[0].cpu().numpy(), recording["test_fake_eval"]
+    brightest = float(np.abs(wanted).max()) or 1.0  # after few steps they are faint: compare to their scale
+    steps = {name: (losses[:, k], recording["losses"][:, k]) for k, name in enumerate(LOSSES)}
+    return [
+        _difference("losses", steps, 1e-5),
+        _difference("scores", scores, 1e-4),
+        _difference("reconstructions", {"test_fake_eval": (fake / brightest, wanted / brightest)}, 1e-4, relative=False),
+        _difference("weights", _final_pairs(recording, trained), 1e-4, relative=False),
     ]
-    wanted = {key: recording[key] for key in ("test_scores_eval", "test_scores_batchstats")}
-    pairs = {"test_scores_eval": scores["running"], "test_scores_batchstats": scores["batch"]}
-    differences.append(_difference("scores", {key: (pairs[key], wanted[key]) for key in wanted}, 1e-4))
-    brightest = (
-        float(np.abs(recording["test_fake_eval"]).max()) or 1.0
-    )  # after few steps they are faint: compare to their scale
-    fake = {"test_fake_eval": (fakes["running"] / brightest, recording["test_fake_eval"] / brightest)}
-    differences.append(_difference("reconstructions", fake, 1e-4, relative=False))
-    differences.append(_difference("weights", _final_pairs(recording, trained), 1e-4, relative=False))
-    return differences
 
 
 def _final_pairs(recording: dict[str, Any], trained: Networks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
