@@ -44,22 +44,22 @@ def tables(options: Any) -> int:
     check_fpr(options.fpr)
     store = Store(options.results)
     records = everything = finished(store)
-    if options.report and options.scores:
-        raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
-    if options.report and options.format != "text":
-        raise InvalidInput(f"--report prints text only. Leave out --format {options.format}.")
-    if options.report and options.against:
-        raise InvalidInput(f"--report has nothing to show beside it. Leave out --against {options.against}, or --report.")
-    if options.report and tuple(options.metrics) != PLAIN_METRICS:
-        metrics = ",".join(options.metrics)
-        raise InvalidInput(f"--report has measures of its own. Leave out --metrics {metrics}, or --report.")
-    if options.per_class and not options.report:
-        raise InvalidInput("--per-class is of --report: a table has its classes anyway. Add --report.")
     if options.report:
+        if options.scores:
+            raise InvalidInput("--report is of each detector's own score. Leave out --scores, or run name[score_by=...].")
+        if options.format != "text":
+            raise InvalidInput(f"--report prints text only. Leave out --format {options.format}.")
+        if options.against:
+            raise InvalidInput(f"--report has nothing to show beside it. Leave out --against {options.against}, or --report.")
+        if tuple(options.metrics) != PLAIN_METRICS:
+            metrics = ",".join(options.metrics)
+            raise InvalidInput(f"--report has measures of its own. Leave out --metrics {metrics}, or --report.")
         from ganomaly_plugin.report.decisions import decision_reports  # scikit-learn takes a second, and tables do without
 
         print(decision_reports(store, records, options.fpr, per_class=options.per_class), end="")
         return 0
+    if options.per_class:
+        raise InvalidInput("--per-class is of --report: a table has its classes anyway. Add --report.")
     if options.scores:
         records, remarks = by_score(store, records, options.scores, options.metrics, options.fpr)
         tell(remarks)
