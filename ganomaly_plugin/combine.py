@@ -74,7 +74,7 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
     if keep not in (None, "first", "last"):
         raise InvalidInput(f"--keep must be first or last, got {keep!r}.")
     sources = [Store(folder) for folder in folders]
-    existing = Store(out) if (Store.marker_of(out)).is_file() else None
+    existing = Store(out) if Store.marker_of(out).is_file() else None
     if existing is not None and all(not _same_folder(existing, source) for source in sources):
         sources.insert(0, existing)
     if len(sources) < 2:

@@ -171,7 +171,7 @@ class Store:
         Raises:
             CorruptFile: The file is missing, damaged, or not the one that its record vouches for.
         """
-        return self._read(self.scores_path(job), job, "scores")
+        return self._read(job, "scores")
 
     def images(self, job: Job) -> dict[str, np.ndarray]:
         """Sample images of a done job, as `samples.sample` makes them; {} when it has none.
@@ -179,12 +179,11 @@ class Store:
         Raises:
             CorruptFile: The file is damaged, or not the one that its record vouches for.
         """
-        path = self.images_path(job)
-        return self._read(path, job, "images") if path.is_file() else {}
+        return self._read(job, "images") if self.images_path(job).is_file() else {}
 
-    def _read(self, path: Path, job: Job, kind: str) -> dict[str, np.ndarray]:
+    def _read(self, job: Job, kind: str) -> dict[str, np.ndarray]:
         record, _ = _parse(self.record_path(job))
-        return _read_arrays(path, kind, record.files.get(kind), self.record_path(job))
+        return _read_arrays(self._paths(job)[kind], kind, record.files.get(kind), self.record_path(job))
 
 
 @contextlib.contextmanager
