@@ -134,7 +134,7 @@ def test_a_model_of_maps_alone_scores_by_the_largest() -> None:
 def test_a_file_is_read_without_a_download(name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     detector: Any = make_detector(f"anomalib:{name}")
     made = []
-    monkeypatch.setattr(type(detector), "_build", lambda self, **given: made.append(given) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(type(detector), "build_model", lambda self, **given: made.append(given) or torch.nn.Linear(1, 1))
     state = {"model": torch.nn.Linear(1, 1).state_dict(), "has_anomaly_map": True}
     detector._load_state(state, torch.device("cpu"))
     assert made == [changes] and detector.has_anomaly_map

@@ -96,8 +96,8 @@ class AnomalibDetector(BaseDetector):
         self.history_: list[dict[str, float]] = []
         self.device_ = device
         after_epoch = AfterEpoch(self, on_epoch if self.has_epochs else None)
-        with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self._readable_errors(after_epoch):
-            self.model_ = self._build()
+        with seeded(seed), quiet(), tempfile.TemporaryDirectory() as folder, self.readable_errors(after_epoch):
+            self.model_ = self.build_model()
             engine = make_engine(device, folder, [after_epoch], max_epochs=epochs or self.default_epochs)
             data: Any = ImagesInMemory(images, self.batch_size, drop_last=self.drop_last)
             engine.fit(self.model_, datamodule=data)
@@ -111,7 +111,8 @@ class AnomalibDetector(BaseDetector):
         alone = torch.cat([self._of(self._forward(image), "score", images.shape[-2:]) for image in few.split(1)])
         self.mixes_ = bool(((together - alone).abs() > _MIXED * (together.max() - together.min())).any())
 
-    def _build(self, **changes: Any) -> Any:
+    def build_model(self, **changes: Any) -> Any:
+        """The model as anomalib has it, untrained; `changes` come before what the detector was made with."""
         cls = _model_class(self.model_name)
         ours = {name: getattr(self, name) for name in _OURS if name in _init_parameters(self.model_name)}
         return cls(
@@ -172,9 +173,9 @@ class AnomalibDetector(BaseDetector):
         return {"model": weights, "has_anomaly_map": self.has_anomaly_map}
 
     def _load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        with quiet(), self._readable_errors():  # the saved weights are all there: nothing is to be downloaded
+        with quiet(), self.readable_errors():  # the saved weights are all there: nothing is to be downloaded
             known = _init_defaults(self.model_name)
-            self.model_ = self._build(**({"pre_trained": False} if "pre_trained" in known else {}))
+            self.model_ = self.build_model(**({"pre_trained": False} if "pre_trained" in known else {}))
         try:
             self.model_.load_state_dict(state["model"])
             self.has_anomaly_map = bool(state["has_anomaly_map"])  # type: ignore[misc]
@@ -184,7 +185,7 @@ class AnomalibDetector(BaseDetector):
         self.device_, self.history_ = device, []
 
     @contextlib.contextmanager
-    def _readable_errors(self, after_epoch: AfterEpoch | None = None) -> Iterator[None]:
+    def readable_errors(self, after_epoch: AfterEpoch | None = None) -> Iterator[None]:
         """anomalib's, timm's and huggingface's errors as one line; a failed download says what to put where.
 
         What `on_epoch` raised stays what it was, and so does an interrupt, of which Lightning makes an exit.

@@ -72,8 +72,8 @@ class AnomalibEngine:
         from ganomaly_plugin.detectors.anomalib_data import ImagesInMemory, make_engine
         from ganomaly_plugin.detectors.anomalib_models import quiet
 
-        with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector._readable_errors(), ExitStack() as training:
-            model = detector._build()
+        with seeded(0), quiet(), tempfile.TemporaryDirectory() as folder, detector.readable_errors(), ExitStack() as training:
+            model = detector.build_model()
             budget = {"max_epochs": -1, **limits}
             arithmetic = _at_start(lambda: training.enter_context(precision(self.precision)))
             engine = make_engine(self.setting.device, folder, [arithmetic, *callbacks], min_epochs=0, **budget)
