@@ -38,9 +38,9 @@ Cells = tuple[dict[str, dict[str, list[str]]], list[str]]
 
 
 @contextlib.contextmanager
-def live(plan: Plan, folder: Path, console: Console | None = None) -> Iterator[LiveView]:
-    """Show `plan` on `console` (stderr) until the end of the block; running jobs write below `folder`."""
-    console = console or Console(file=sys.stderr)
+def live(plan: Plan, folder: Path) -> Iterator[LiveView]:
+    """Show `plan` on stderr until the end of the block; running jobs write below `folder`."""
+    console = Console(file=sys.stderr)
     with Board(folder) as board:
         view = LiveView(plan, board, console)
         with Live(get_renderable=view.render, console=console, refresh_per_second=2, vertical_overflow="crop"):

@@ -287,14 +287,14 @@ WRITERS: dict[str, Callable[[Sequence[Table]], str]] = {
 }
 
 
-def tables_of(frame: pd.DataFrame, metrics: Sequence[str] = PLAIN_METRICS) -> list[Table]:
-    """The tables of `metrics` from `runs_frame`, and a summary over data sets where there are several."""
-    tables = make_tables(frame, metrics)
+def tables_of(frame: pd.DataFrame) -> list[Table]:
+    """The tables of PLAIN_METRICS from `runs_frame`, and a summary over data sets where there are several."""
+    tables = make_tables(frame, PLAIN_METRICS)
     return tables + summarise(tables)
 
 
-def write_tables(store: Store, frame: pd.DataFrame | None = None, tables: Sequence[Table] | None = None) -> Sequence[Table]:
-    """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`; return the tables.
+def write_tables(store: Store, frame: pd.DataFrame | None = None, tables: Sequence[Table] | None = None) -> None:
+    """Write `runs.csv`, `auc.csv`, `auc.tex`, `auc.md` and `cost.md` from the records of `store`.
 
     Args:
         store: The results folder.
@@ -314,4 +314,3 @@ def write_tables(store: Store, frame: pd.DataFrame | None = None, tables: Sequen
     except OSError as error:
         reason = error.strerror or str(error)
         raise CannotStore(f"Cannot write tables to {store.folder}: {reason}. The records are kept; mend that.") from error
-    return tables
