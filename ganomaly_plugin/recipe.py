@@ -21,6 +21,9 @@ Networks: TypeAlias = Mapping[str, nn.Module]
 Tensors: TypeAlias = Mapping[str, Tensor]
 Precision: TypeAlias = Literal["float32", "tf32", "bf16"]
 
+CALIBRATION_LIMIT = 1024  # training images that a recipe's calibration sees at most, and held-out ones likewise
+FEWEST_HELD_OUT = 10  # images; a mean and a deviation of fewer are noise, and calibration falls back to training images
+
 
 @dataclass(frozen=True)
 class StepInput:

@@ -11,11 +11,11 @@ from conftest import blobs
 
 from ganomaly_plugin.core import Job
 from ganomaly_plugin.errors import InvalidInput
-from ganomaly_plugin.recipe import recipe_hparams
+from ganomaly_plugin.recipe import CALIBRATION_LIMIT, recipe_hparams
 from ganomaly_plugin.registry import load_detector, make_detector
 from ganomaly_plugin.training import fitting
 from ganomaly_plugin.training.plain import build_networks, epochs_of, train
-from ganomaly_plugin.training.validation import CALIBRATION_LIMIT, NormalValidation, calibrate, hold_out
+from ganomaly_plugin.training.validation import NormalValidation, calibrate, hold_out
 
 SMALL = {"features": 4, "latent_dim": 8, "batch_size": 8, "lr": 2e-3}
 

@@ -31,8 +31,7 @@ from ganomaly_plugin.detectors.image_views import DIRECTIONS, TURNS, histograms,
 from ganomaly_plugin.detectors.normal_models import PEAK, STATISTICS, NormalVectors, Whitening
 from ganomaly_plugin.errors import InvalidInput, check_known
 from ganomaly_plugin.networks import SPECTRAL_IN_PLACE, Standardiser, normalise_spectrally
-from ganomaly_plugin.recipe import Networks, Optimiser, Phase, Stage, StepInput, at_least
-from ganomaly_plugin.training.validation import FEWEST_HELD_OUT
+from ganomaly_plugin.recipe import FEWEST_HELD_OUT, Networks, Optimiser, Phase, Stage, StepInput, at_least
 
 VIEWS = ("image", "levelled", "hog8", "hog4", "latent", "residual", "feature", "turned")
 CELLS = {"hog8": 8, "hog4": 4}  # of the views that are histograms, along an image's side

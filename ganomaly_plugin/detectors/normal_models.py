@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ganomaly_plugin.training.validation import CALIBRATION_LIMIT
+from ganomaly_plugin.recipe import CALIBRATION_LIMIT
 
 STATISTICS = ("outside", "nearest", "inside")
 PEAK = "peak"  # a fourth one, of vectors that are images

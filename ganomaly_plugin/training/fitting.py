@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ganomaly_plugin.core import OnEpoch
-from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.recipe import FEWEST_HELD_OUT, Networks, Recipe
 from ganomaly_plugin.training.plain import build_networks, to_device
-from ganomaly_plugin.training.validation import FEWEST_HELD_OUT, STABILITY, NormalValidation, calibrate, hold_out
+from ganomaly_plugin.training.validation import STABILITY, NormalValidation, calibrate, hold_out
 
 if TYPE_CHECKING:
     from ganomaly_plugin.training.detector import RecipeDetector

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ganomaly_plugin.errors import InvalidInput, check_known, check_seed
 from ganomaly_plugin.hparams import checked_hparams, default_hparams
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Recipe
+from ganomaly_plugin.recipe import CALIBRATION_LIMIT, Networks, Recipe
 from ganomaly_plugin.training.plain import (
     PlainTrainer,
     averaged_networks,
@@ -40,7 +40,7 @@ from ganomaly_plugin.training.plain import (
 )
 from ganomaly_plugin.training.pre_processing import GanPreProcessor, to_grey
 from ganomaly_plugin.training.scoring import scoring_mode
-from ganomaly_plugin.training.validation import CALIBRATION_LIMIT, calibrate
+from ganomaly_plugin.training.validation import calibrate
 
 logger = logging.getLogger(__name__)
 

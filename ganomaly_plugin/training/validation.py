@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from ganomaly_plugin.errors import InvalidInput, unknown
 from ganomaly_plugin.images import to_float
-from ganomaly_plugin.recipe import Networks, Recipe, StepInput
+from ganomaly_plugin.recipe import CALIBRATION_LIMIT, FEWEST_HELD_OUT, Networks, Recipe, StepInput
 from ganomaly_plugin.seeding import seeded
 from ganomaly_plugin.training.plain import build_networks
 from ganomaly_plugin.training.scoring import batches, in_chunks, scoring_mode
 
 STABILITY = "stability"
-CALIBRATION_LIMIT = 1024  # training images that a recipe's calibration sees at most, and held-out ones likewise
-FEWEST_HELD_OUT = 10  # images; a mean and a deviation of fewer are noise, and calibration falls back to training images
 _FEWEST_TO_RANK = 3  # images; a rank correlation of two says nothing
 
 
