@@ -168,6 +168,17 @@ def test_what_slurm_forgets_before_it_begins_is_submitted_again(tmp_path: Path, 
     assert not again and "UNKNOWN, exit code ?; Killed" in (failed.record.error or "")
 
 
+def test_a_task_cancelled_before_it_began_is_not_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accounting SLURM forgets it, and knows the rest of its array."""
+    said = {"7": "JobId=7 ArrayTaskId=1 JobState=PENDING", "8": "JobId=8 ArrayTaskId=0-1 JobState=CANCELLED"}
+    monkeypatch.setattr(slurm_queue, "_ask", lambda *words: said.get(words[-1]))
+    executor, chunk = slurm.SlurmExecutor(store_in(tmp_path), LOST, tmp_path, slurm.Resources()), tuple(jobs("pca"))
+    for task, is_lost in (("7_0", False), ("8_0", False), ("9_0", True), ("9", True)):
+        again, failed = executor._settle(slurm._Watched(Submission.of([chunk], {}), task, chunk, list(chunk), 0.0))
+        assert again == ([chunk] if is_lost else [])
+        assert ["without a result: CANCELLED" in str(outcome.record.error) for outcome in failed] == [True] * (not is_lost)
+
+
 def test_runners_may_remove_the_folder_of_submissions_under_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remembered, submission, calls = Submissions(tmp_path), Submission.of([tuple(jobs("pca"))], {}), []
     remembered.drop(submission)

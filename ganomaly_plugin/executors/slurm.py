@@ -21,7 +21,7 @@ from typing import Any
 from ganomaly_plugin.core import Chunk, Job, Outcome
 from ganomaly_plugin.errors import InvalidInput, one_line
 from ganomaly_plugin.executors.slurm_node import NodeTask, Packed, fingerprint
-from ganomaly_plugin.executors.slurm_queue import how_it_ended, largest_array, queue
+from ganomaly_plugin.executors.slurm_queue import how_it_ended, largest_array, queue, was_taken_out
 from ganomaly_plugin.executors.submissions import Submission, Submissions
 from ganomaly_plugin.executors.tries import Lost, Tries
 from ganomaly_plugin.files import as_path
@@ -309,8 +309,10 @@ class SlurmExecutor:
     def _settle(self, watched: _Watched) -> tuple[list[Chunk], list[Outcome]]:
         state, code = how_it_ended(watched.task)
         words = self._last_line(watched)
-        final, node = state in ("CANCELLED", "DEADLINE", "TIMEOUT"), state in ("BOOT_FAIL", "NODE_FAIL", "PREEMPTED")
-        node |= state == "UNKNOWN" and not words  # SLURM has lost it before it began
+        if forgotten := state == "UNKNOWN" and not words:  # before it began
+            state = "CANCELLED" if was_taken_out(watched.task) else state
+        final = state in ("CANCELLED", "DEADLINE", "TIMEOUT")
+        node = not final and (forgotten or state in ("BOOT_FAIL", "NODE_FAIL", "PREEMPTED"))
         line = "" if final or node else words
         why = f"its SLURM task ended without a result: {state}, exit code {code}{f'; {line}' if line else ''}"
         seconds = time.monotonic() - watched.since

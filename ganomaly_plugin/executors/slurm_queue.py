@@ -40,6 +40,12 @@ def how_it_ended(task: str) -> tuple[str, str]:
     return state_found[1] if state_found else "UNKNOWN", code_found[1] if code_found else "?"
 
 
+def was_taken_out(task: str) -> bool:
+    """Whether SLURM knows the array of `task`, which it does not know: of one cancelled before it began it keeps nothing."""
+    array, is_part, _ = task.partition("_")
+    return bool(is_part) and bool(_ask("scontrol", "--oneliner", "show", "job", array))
+
+
 def largest_array() -> int:
     """How many tasks one array may have here."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "")
