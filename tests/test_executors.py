@@ -462,6 +462,8 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"executor": "ray", "devices": ("0",)}, "--devices is for --executor local, not ray"),
         ({"address": "10.0.0.1:6379"}, "--address is for --executor ray, not local"),
         ({"executor": "ray", "gpus_per_job": -0.5}, "--gpus-per-job must be at least 0, got -0.5"),
+        ({"executor": "ray", "gpus_per_job": 1.5}, "--gpus-per-job must be a whole number above 1 for Ray, got 1.5"),
+        ({"executor": "ray", "cpus_per_job": 1e-5}, "--cpus-per-job must be 0 or at least 0.0001 for Ray, got 1e-05"),
         ({"executor": "slurm", "workers": 2}, "--workers is for --executor local, not slurm"),
         ({"executor": "slurm", "gpus_per_job": 0.5}, "--gpus-per-job must be a whole number for SLURM, got 0.5"),
         ({"executor": "slurm", "time": "soon"}, "--time must be minutes, H:MM:SS or D-HH:MM, got 'soon'"),

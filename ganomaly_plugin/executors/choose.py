@@ -89,11 +89,9 @@ class Where:
             if value is not None and value < smallest:
                 raise InvalidInput(f"{_flag(name)} must be at least {smallest}, got {value:g}.")
         if self.kind == "slurm":
-            for name in ("cpus_per_job", "gpus_per_job"):
-                value = getattr(self, name)
-                if value is not None and value != int(value):
-                    raise InvalidInput(f"{_flag(name)} must be a whole number for SLURM, got {value:g}.")
-            self.resources()
+            self._check_slurm()
+        if self.kind == "ray":
+            self._check_ray()
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidInput(f"--timeout must be more than 0 seconds, got {self.timeout:g}.")
         if self.workers is not None and (self.devices is not None or self.jobs_per_device is not None):
@@ -110,6 +108,21 @@ class Where:
     def on_this_machine(self) -> bool:
         """Whether jobs see the devices and folders that this process sees."""
         return self.kind in ("inline", "local")
+
+    def _check_ray(self) -> None:
+        for name in ("cpus_per_job", "gpus_per_job"):
+            value = getattr(self, name)
+            if value and value < 1e-4:
+                raise InvalidInput(f"{_flag(name)} must be 0 or at least 0.0001 for Ray, got {value:g}.")
+        if self.gpus_per_job and self.gpus_per_job > 1 and self.gpus_per_job != int(self.gpus_per_job):
+            raise InvalidInput(f"--gpus-per-job must be a whole number above 1 for Ray, got {self.gpus_per_job:g}.")
+
+    def _check_slurm(self) -> None:
+        for name in ("cpus_per_job", "gpus_per_job"):
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise InvalidInput(f"{_flag(name)} must be a whole number for SLURM, got {value:g}.")
+        self.resources()
 
     def resources(self) -> Resources:
         """What each SLURM task asks for."""
