@@ -263,6 +263,9 @@ def test_names_are_data_in_every_format(tmp_path: Path, bench) -> None:
         ["stats", "out"],
         ["diff", "out", "out"],
         ["tables", "out", "--format", "md"],
+        ["tables", "out", "--format", "csv"],
+        ["tables", "out", "--format", "json"],
+        ["tables", "out", "--format", "latex"],
     ):
         code, stdout, stderr = bench(*words)
         assert code == 0 and not set(stdout + stderr) & set("\x1b\a‮"), words

@@ -212,7 +212,8 @@ def to_json(tables: Sequence[Table]) -> str:
         head = {"dataset": table.dataset, "protocol": table.protocol, "metric": table.metric, "title": table.title}
         more = {"higher_is_better": table.higher_is_better, "seeds": table.seeds, "columns": list(table.columns)}
         content.append({**head, **more, "rows": rows, "published": published})
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text) + "\n"
 
 
 def _plain(cell: Cell) -> dict[str, float | int | None]:
@@ -250,13 +251,14 @@ def notes(table: Table) -> list[str]:
 
 
 def _csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV, none of whose cells a spreadsheet takes for a formula."""
+    """The frame as CSV that can be printed, none of whose cells a spreadsheet takes for a formula."""
     if frame.empty:
         return ""
     text = frame.select_dtypes(exclude=["number", "bool"]).columns
     unsafe = [name for name in text if any(spreadsheet_safe(value) is not value for value in frame[name].unique())]
     safe = frame.assign(**{name: frame[name].map(spreadsheet_safe) for name in unsafe})
-    return safe.rename(columns=lambda name: str(spreadsheet_safe(str(name)))).to_csv(index=False, lineterminator="\n")
+    lines = safe.rename(columns=lambda name: str(spreadsheet_safe(str(name)))).to_csv(index=False, lineterminator="\n")
+    return "\n".join(map(printable, lines.split("\n")))
 
 
 def _mark(text: str, row: str, ranks: tuple[set[str], set[str]], best: str, second: str) -> str:
