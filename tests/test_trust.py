@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -271,6 +272,8 @@ def test_names_are_data_in_every_format(tmp_path: Path, bench) -> None:
         assert code == 0 and not set(stdout + stderr) & set("\x1b\a‮"), words
     assert bench("report", "out", "--out", "page.html")[0] == 0
     page = Path("page.html").read_text()
+    code, stdout, stderr = bench("plot", "bars", "out", "--out", "bars.svg")
+    assert code == 0 and not set(stdout + stderr) & set("\x1b\a‮") and ElementTree.parse("bars.svg")
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and not set(page) & set("\x1b\a")
     for each in json.loads(WRITERS["json"](tables)):
         assert each["dataset"].startswith("@SUM(1)")

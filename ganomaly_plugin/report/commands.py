@@ -138,7 +138,7 @@ def plot(options: Any) -> int:
     with styled(PAPER):
         drawing = kind.draw(groups(results, **filters), Canvas(options.width))
         save(drawing.figure, out)
-    print(drawing.caption, *([drawing.table] if drawing.table else []), sep="\n\n")
+    print(printable(drawing.caption), *([drawing.table] if drawing.table else []), sep="\n\n")
     print(f"figure in {out}", file=sys.stderr)
     return 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ganomaly_plugin.errors import InvalidInput
+from ganomaly_plugin.escape import WITHOUT_CONTROL
 from ganomaly_plugin.files import atomic_write, check_writable
 
 if TYPE_CHECKING:
@@ -190,7 +191,10 @@ def save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", _MISSING)
         figure.savefig(buffer, format=form, dpi=DPI, metadata=undated[form])
-    atomic_write(path, buffer.getvalue())
+    content = buffer.getvalue()
+    if form == "svg":  # which is no XML where a name has control characters
+        content = content.decode().translate(WITHOUT_CONTROL).encode()
+    atomic_write(path, content)
     missing = set()
     for each in caught:
         if match := re.match(r"Glyph (\d+)", str(each.message)):
@@ -199,7 +203,7 @@ def save(figure: Figure, path: Path) -> None:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     if missing:
         said = f"{path}: no font here has {' '.join(sorted(missing))}, which are boxes there"
-        print(f"{said}. Install one that has, such as {_OTHERS[0]}.", file=sys.stderr)
+        print(f"{said}. Install one that has, such as {_OTHERS[0]}.".translate(WITHOUT_CONTROL), file=sys.stderr)
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
