@@ -397,6 +397,13 @@ def test_masks_of_another_size_and_missing_masks_are_faults(tmp_path: Path) -> N
     assert "no mask ground_truth/dirt/000_mask.png" in str(caught.value)
 
 
+def test_endings_of_masks_may_be_in_capitals(tmp_path: Path) -> None:
+    base = mvtec(tmp_path / "f")
+    (base / "ground_truth/crack/000_mask.png").rename(base / "ground_truth/crack/000.BMP")
+    (base / "ground_truth/dirt/000_mask.png").rename(base / "ground_truth/dirt/000_mask.PNG")
+    assert load(base, tmp_path).masks.any((1, 2)).sum() == 2
+
+
 def test_pixel_metrics_need_a_mask_of_every_tested_anomaly(tmp_path: Path, bench) -> None:
     base, out = mvtec(tmp_path / "f"), tmp_path / "out"
     for k in range(5):
@@ -611,9 +618,10 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (base / "train/0.normal/Thumbs.db").write_text("x")
     (base / "train/0.normal/._0.png").write_text("x")
     save(base / "train/0.normal/deeper/9.PNG")
+    save(base / "test/9.PNG")  # of which nothing says whether it is normal
     dataset = load(base, tmp_path)
-    assert len(dataset.images) == 10 and dataset.source["other_files"] == {".db": 1}
-    assert "  not read, for their endings: 1 .db" in check(f"folder:{base}", tmp_path).lines()
+    assert len(dataset.images) == 10 and dataset.source["other_files"] == {".db": 1, "beside the folders of test": 1}
+    assert "  not read: 1 .db, 1 beside the folders of test" in check(f"folder:{base}", tmp_path).lines()
 
 
 def test_a_folder_that_changed_is_neither_taken_for_done_nor_mixed(tmp_path: Path, bench) -> None:

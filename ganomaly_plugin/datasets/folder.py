@@ -19,6 +19,8 @@ _LAYOUTS = (
     "perhaps ground_truth/<defect> (MVTec's); or good and bad and perhaps ground_truth/bad"
 )
 
+_MASK_ENDINGS = tuple(each for ending in (".png", *sorted(SUFFIXES)) for each in (ending, ending.upper()))
+
 
 def load(
     path: str,
@@ -85,7 +87,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
     problems: list[Problem] = []
     others: Counter[str] = Counter()
     try:
-        found = _class_folders(base, problems)
+        found = _class_folders(base, problems, others)
     except OSError as error:
         raise InvalidInput(f"{base.absolute()} cannot be read: {_reason(error)}. Mend its permissions.") from error
     for name in (path, *(folder.name for _, _, folder in found)):
@@ -112,12 +114,15 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
         official,
         any(file.mask is not None for file in files),
         problems,
-        {"files": len(files), "defects": counts, **({"other_files": dict(sorted(others.items()))} if others else {})},
+        {"files": len(files), "defects": counts, **({"other_files": dict(sorted((+others).items()))} if +others else {})},
     )
 
 
-def _class_folders(base: Path, problems: list[Problem]) -> list[tuple[bool, str | None, Path]]:
-    """(is test, kind of defect or None for normal, folder) of each class folder of the layout that `base` has."""
+def _class_folders(base: Path, problems: list[Problem], others: Counter[str]) -> list[tuple[bool, str | None, Path]]:
+    """(is test, kind of defect or None for normal, folder) of each class folder of the layout that `base` has.
+
+    Images beside class folders are of no class, and counted in `others`.
+    """
     if (base / "train" / "0.normal").is_dir():
         normal, other = "0.normal", "good"
     elif (base / "train" / "good").is_dir():
@@ -132,12 +137,14 @@ def _class_folders(base: Path, problems: list[Problem]) -> list[tuple[bool, str 
         if not (base / part).is_dir():
             raise InvalidInput(f"{base.absolute()} has train but no test folder. The known layouts: {_LAYOUTS}.")
         try:
-            names = sorted(p.name for p in (base / part).iterdir() if p.is_dir() and not p.name.startswith("."))
+            there = [p for p in (base / part).iterdir() if not p.name.startswith(".")]
+            names = sorted(p.name for p in there if p.is_dir())
         except OSError as error:
             problems.append(Problem(base / part, _reason(error)))
             continue
         if other in names:  # whose normal images would count as a defect
             raise InvalidInput(f"{base.absolute()} has both train/{normal} and {part}/{other}, of two layouts. Rename one.")
+        others[f"beside the folders of {part}"] += sum(p.suffix.lower() in SUFFIXES and p.name not in names for p in there)
         found += [(part == "test", None if name == normal else name, base / part / name) for name in names]
     return found
 
@@ -167,7 +174,7 @@ def _images(
 def _mask_of(place: Path) -> Path:
     """The mask whose image would be at `place` in the ground truth: NAME_mask.* or NAME.*."""
     for stem in (f"{place.stem}_mask", place.stem):
-        for suffix in dict.fromkeys((place.suffix, ".png", *sorted(SUFFIXES))):
+        for suffix in dict.fromkeys((place.suffix, *_MASK_ENDINGS)):
             candidate = place.with_name(stem + suffix)
             if candidate.is_file():
                 return candidate

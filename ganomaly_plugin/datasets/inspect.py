@@ -37,7 +37,8 @@ class Report:
         duplicates: Groups of equal images inside one part, or inside a data set without parts.
         conflicts: Groups of equal images whose labels differ.
         counts: Images beyond the first of each group of duplicates, and test images that are in train too.
-        others: Files that are not read, for their names do not end like images: ending → how many.
+        others: Files that are not read, for their names do not end like images or they are in no class folder: ending, or
+            where → how many.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Report:
         lines = [f"{self.name}: {self.images:,} usable images, {len(self.problems):,} problems"]
         lines += [f"  {problem}" for problem in self.problems]
         if self.others:
-            lines.append(f"  not read, for their endings: {', '.join(f'{n:,} {ending}' for ending, n in self.others.items())}")
+            lines.append(f"  not read: {', '.join(f'{n:,} {ending}' for ending, n in self.others.items())}")
         lines.append(f"  in both train and test (leakage): {self.counts.get('leaked', 0):,} test images")
         lines += _examples(self.leaks)
         lines.append(f"  repeated inside a part: {self.counts.get('repeated', 0):,} images")
