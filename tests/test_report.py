@@ -190,6 +190,13 @@ def test_a_page_of_sixty_detectors(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "The 2 best of 60 detectors" in page.text
 
 
+def test_bars_that_a_phone_has_no_room_for_are_missed_there_alone(tmp_path: Path) -> None:
+    text = report_html(load_results(fill(tmp_path / "out", [outcome("a", str(c), n=9) for c in range(55)]).folder))
+    check(text)
+    assert re.search(r'<figure class="wide"><svg[^>]*aria-labelledby="g1-bars-text"', text)
+    assert re.search(r'<p class="none tall" id="g1-bars-tall-text">55 classes × 1 detectors make .* bench plot bars', text)
+
+
 def test_the_literature_stands_beside_ours_where_protocols_agree(tmp_path: Path) -> None:
     store = fill(tmp_path / "out", [outcome(d, "bird") for d in ("ganomaly", "pca")])
     text = report_html(load_results(store.folder))

@@ -30,7 +30,7 @@ def bars(group: Group, canvas: Canvas) -> Drawing:
     if not upright and length > TALLEST:
         raise InvalidInput(
             f"{len(group.table.classes)} classes × {len(chosen)} detectors make {slots} bars, too many for one figure. "
-            "Name some with --classes or --detectors."
+            "bench plot bars --classes or --detectors names some."
         )
     names = group.names()
     texts = clipped([names[name] for name in chosen])
