@@ -101,10 +101,9 @@ def equal_error_rate(is_anomaly: np.ndarray, score: np.ndarray) -> float:
     return float(false_positive[k - 1] + share * (false_positive[k] - false_positive[k - 1]))
 
 
-def scale_of(values: np.ndarray, *spreads: float) -> float:
-    """The first of the `spreads` of `values` that is more than rounding; 1 where none is: nothing to scale others with."""
-    least = ROUNDING * np.abs(values).max()
-    return next((float(spread) for spread in spreads if spread > least), 1.0)
+def scale_of(values: np.ndarray, spread: float) -> float:
+    """The `spread` of `values`; 1 where it is no more than rounding, which is nothing to scale others with."""
+    return float(spread) if spread > ROUNDING * np.abs(values).max() else 1.0
 
 
 def named_arrays(test: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

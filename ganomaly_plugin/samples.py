@@ -36,7 +36,7 @@ def sample(detector: Any, test: np.ndarray, is_anomaly: np.ndarray, score: np.nd
 
     Returns:
         `position` and `kind` `(m,)`; `input` and, of methods that reconstruct, `reconstruction`, uint8 `(m, c, s, s)`;
-        `map`, uint8 `(m, s, s)`, 255 being the largest value `map_scale` of the sample.
+        `map`, uint8 `(m, s, s)`, from 0 or the least value of the sample to its largest, which lies `map_scale` above.
     """
     if not getattr(detector, "has_anomaly_map", False):
         return {}
@@ -48,13 +48,14 @@ def sample(detector: Any, test: np.ndarray, is_anomaly: np.ndarray, score: np.nd
     if maps.shape != (len(seen), *test.shape[2:]) or not np.isfinite(maps).all():
         raise InvalidInput(f"anomaly_map gave {maps.shape}, or numbers that are not finite; wanted one a pixel of (n, h, w).")
     maps = maps[at]
-    top = float(maps.max())
+    least = min(0.0, float(maps.min()))  # a map may lie below zero, as log-likelihoods do
+    span = float(maps.max()) - least
     found = {
         "position": position,
         "kind": np.repeat(np.arange(len(KINDS)), [len(part) for part in chosen.values()]),
         "input": _shrink(test[position]),
-        "map": _shrink((255 * np.clip(maps / top if top > 0 else maps, 0, 1)).astype(np.uint8)[:, None])[:, 0],
-        "map_scale": np.array(top),
+        "map": _shrink((255 * np.clip((maps - least) / (span or 1), 0, 1)).astype(np.uint8)[:, None])[:, 0],
+        "map_scale": np.array(span),
     }
     if getattr(detector, "has_reconstruction", False):
         made = detector.reconstruct(test[seen])[at]

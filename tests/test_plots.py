@@ -29,7 +29,7 @@ from ganomaly_plugin.report.figures.histograms import binned, standardised
 from ganomaly_plugin.report.figures.legend import clipped, columns
 from ganomaly_plugin.report.figures.losses import loss_curves, thinned
 from ganomaly_plugin.report.figures.ranks import draw
-from ganomaly_plugin.report.figures.sheets import FRAME, by_class, sheets
+from ganomaly_plugin.report.figures.sheets import FRAME, by_class, samples, sheets
 from ganomaly_plugin.report.figures.style import COLOURS, PAPER, Canvas, log_axis, new_figure, save, styled
 from ganomaly_plugin.report.groups import groups, short_names
 from ganomaly_plugin.report.statistics import friedman
@@ -135,6 +135,8 @@ def test_histograms_take_no_rounding_for_a_scale() -> None:
     assert standardised(group, "any")[1] == pytest.approx([0.5])
     arrays["reference_score"] = np.array([0.1] * 9 + [10.1])  # most alike, and yet they have a scale
     assert standardised(group, "any")[1] == pytest.approx([0.5 / 3])
+    arrays["reference_score"] = np.array([0.0, 0.1, 0.2, 0.3, 1e15])  # one far out is no reason to show all as equal
+    assert standardised(group, "any")[1] == pytest.approx([(0.6 - 0.2) / 0.2])
 
 
 def test_short_names_keep_what_tells_detectors_apart() -> None:
@@ -256,6 +258,18 @@ def test_sheets_show_truth_and_score(sweep: Path) -> None:
     assert made[0].pixels.shape == (3 * (8 + FRAME) + FRAME, 2 * (8 + FRAME) + FRAME, 3)
     firsts = by_class(group, group.detectors[0])
     assert {name: its.job.seed for name, its in firsts.items()} == {"0": 0, "1": 0, "2": 0}
+
+
+def test_long_scores_below_sheets_do_not_run_into_each_other(tmp_path: Path) -> None:
+    made = outcome("a")
+    made = with_images(replace(made, arrays={**made.arrays, "score": made.arrays["score"] * 1e-5}))
+    four = {name: array if array.ndim == 0 else np.repeat(array, 2, axis=0) for name, array in made.images.items()}
+    with styled(PAPER):
+        figure = samples(groups(load_results(fill(tmp_path / "out", [replace(made, images=four)]).folder))[0], Canvas()).figure
+        figure.canvas.draw()
+        for axes in figure.axes:
+            boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+            assert len(boxes) == 4 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_critical_difference_of_demsars_example(tmp_path: Path, bench) -> None:

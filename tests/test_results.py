@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,17 @@ def test_samples_see_their_whole_batch() -> None:
     assert found["map_scale"] == np.float32(full.max())
     np.testing.assert_allclose(found["map"].mean((1, 2)), 255 * full.mean((1, 2)) / full.max(), atol=1.5)
     assert sample(object(), test, np.arange(30) < 10, np.arange(30.0)) == {}
+
+
+def test_samples_of_a_map_below_zero_are_not_black() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)
+    shown = []
+    for least in (0.0, -400.0):  # as a log-likelihood lies where it likes
+        detector = SimpleNamespace(has_anomaly_map=True, anomaly_map=lambda images, least=least: images[:, 0] / 1.0 + least)
+        shown.append(sample(detector, images, np.arange(9) < 3, np.arange(9.0))["map"])
+    top, bottom = int(images.max()), int(images.min())
+    assert shown[1].min() == 0 and shown[1].max() == 255
+    np.testing.assert_allclose(shown[1], 255 * (shown[0] * (top / 255) - bottom) / (top - bottom), atol=2)
 
 
 def test_a_run_leaves_samples_and_tables_do_without(bench, tmp_path: Path) -> None:

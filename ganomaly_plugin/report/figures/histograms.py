@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ganomaly_plugin.metrics import scale_of
+from ganomaly_plugin.metrics import ROUNDING, scale_of
 from ganomaly_plugin.report.figures.legend import LINE, clipped, missing, remark
 from ganomaly_plugin.report.figures.style import Canvas, Drawing, new_figure
 from ganomaly_plugin.report.groups import Group
@@ -28,7 +28,8 @@ def standardised(group: Group, detector: str) -> tuple[np.ndarray, np.ndarray]:
         arrays = group.arrays(record)
         reference = arrays["reference_score"]
         low, middle, high = np.percentile(reference, [25, 50, 75])
-        score = (arrays["score"] - middle) / scale_of(reference, high - low, reference.std())
+        scale = high - low if high - low > ROUNDING * max(abs(low), abs(high)) else scale_of(reference, reference.std())
+        score = (arrays["score"] - middle) / scale
         normal.append(score[~arrays["is_anomaly"]])
         anomalous.append(score[arrays["is_anomaly"]])
     return np.concatenate(normal), np.concatenate(anomalous)

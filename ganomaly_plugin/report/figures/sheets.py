@@ -116,7 +116,8 @@ def _draw(made: list[Sheet], name: str, record: RunRecord, group: Group, canvas:
         axes.grid(visible=False)
         places = np.arange(len(sheet.score)) * sheet.column + sheet.column / 2
         words = [text.replace(" ", "\n").replace("anomalous", "anom.") for text in truth_words(sheet)]
-        axes.set_xticks(places, words, fontsize=5.5)
+        longest = max(len(line) for text in words for line in text.splitlines())
+        axes.set_xticks(places, words, fontsize=min(5.5, 97 * panel / len(words) / longest))  # side by side
         step = (sheet.pixels.shape[0] - FRAME) / len(sheet.rows)
         texts = [text.replace("reconstruction", "recon.") for text in sheet.rows] if k % columns == 0 else []
         axes.set_yticks((np.arange(len(sheet.rows)) + 0.5) * step if texts else [], texts, fontsize=6)
