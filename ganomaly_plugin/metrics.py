@@ -22,9 +22,12 @@ def check_scores(score: ArrayLike, n: int, detector: str) -> np.ndarray:
         InvalidInput: It has another shape or type, or holds a value that is not finite; names the detector.
     """
     try:
-        array = np.asarray(score, dtype=np.float64)
+        given = np.asarray(score)
+        array = np.asarray(given.real, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(f"{detector} returned scores of type {type(score).__name__}; wanted {n} numbers.") from error
+    if given.dtype.kind == "c":
+        raise InvalidInput(f"{detector} returned complex scores; wanted {n} real numbers.")
     if array.shape != (n,):
         raise InvalidInput(f"{detector} returned scores of shape {array.shape}; wanted ({n},), one number an image.")
     bad = np.flatnonzero(~np.isfinite(array))

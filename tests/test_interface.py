@@ -18,6 +18,7 @@ from ganomaly_plugin.datasets.base import load_dataset
 from ganomaly_plugin.datasets.splits import get_protocol
 from ganomaly_plugin.detectors.ganomaly import GanomalyRecipe
 from ganomaly_plugin.errors import BenchError, CorruptFile, InvalidInput, NotFitted
+from ganomaly_plugin.metrics import check_scores
 from ganomaly_plugin.registry import DATASETS, DETECTORS, entries, resolve
 from ganomaly_plugin.report.figures import figure_kind
 from ganomaly_plugin.report.measures import check_metrics
@@ -217,6 +218,12 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
     detector = make_detector("ganomaly", **SMALL, lr=1e9).fit(GOOD, steps=1)  # the step after it would be noticed in training
     with pytest.raises(InvalidInput, match=r"ganomaly returned \d scores that are not finite"):
         detector.score(GOOD)
+
+
+def test_complex_scores_are_an_error() -> None:
+    for scores in (np.ones(3) * 1j, torch.ones(3) * 1j):
+        with pytest.raises(InvalidInput, match="mine returned complex scores; wanted 3 real numbers"):
+            check_scores(scores, 3, "mine")
 
 
 @pytest.mark.parametrize(
