@@ -10,15 +10,23 @@ import torch
 from ganomaly_plugin.training.halves import forget_expired
 
 # As CUDA and its libraries put it, where it is not torch that allocates: they are not initialised where the memory for their
-# own ends does not do. The last is what torch makes of a convolution none of whose ways finds the memory to work in.
-_OUTSIDE = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED", "unable to find an engine")
+# own ends does not do. The last but one is what torch makes of a convolution none of whose ways finds the memory to work in,
+# the last what it says on a CPU.
+_WORDS = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "STATUS_NOT_INITIALIZED",
+    "unable to find an engine",
+    "CPUAllocator",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory did not do, that of libraries beside torch included."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether `error` says that a device's memory did not do, that of libraries beside torch and of Python included."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUTSIDE)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def make_room(*errors: BaseException | None) -> None:
