@@ -138,8 +138,9 @@ def run_chunk(chunk: Chunk, settings: Settings) -> Iterator[Outcome]:
             several = f"{len(left)} jobs do not train together, and run one by one"
             what = several if len(left) > 1 else "1 job does not train in a stack, and runs by itself"
             print(f"{what}: {one_line(error)}", file=sys.stderr)
+        if left:
             with contextlib.suppress(RuntimeError):  # from a device that refuses everything, as the jobs will then say
-                make_room(error)
+                make_room()
     for job in left:
         yield run_job(job, settings)
 

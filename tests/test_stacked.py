@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganomaly_plugin.datasets.base import load_dataset
+from ganomaly_plugin.detectors.ae import AutoencoderRecipe
 from ganomaly_plugin.errors import Diverged, InvalidInput
 from ganomaly_plugin.recipe import Recipe
 from ganomaly_plugin.registry import make_detector
@@ -424,6 +425,39 @@ def test_what_does_not_fit_into_memory_is_split_and_goes_on(monkeypatch, capsys)
     assert "5 models do not fit into the memory of cpu; going on in halves\n" in capsys.readouterr().err
     reference = alone("ae", data, torch.arange(40), 4, 1)
     np.testing.assert_allclose(members[4].detector.score(data[:30]), reference.score(data[:30]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("how", "in_backward"), [("grouped", False), ("turns", True)])
+def test_a_stack_that_did_not_fit_is_gone_before_its_halves_begin(how, in_backward, monkeypatch):
+    """Neither the error, nor the pass over a graph that it broke off, keeps anything of it."""
+    made, make, compute = [], together.make_stack, AutoencoderRecipe._phase
+
+    def watched(recipe, models, **more):
+        assert not any(there() for there in made)
+        stack = make(recipe, models, **more)
+        made.append(weakref.ref(stack))
+        return stack
+
+    def narrow(self, networks, step):
+        loss, logged = compute(self, networks, step)
+        if len(made[0]() or []) < 3:
+            return loss, logged
+
+        def refuse(*_):
+            raise torch.OutOfMemoryError("no room for this many")
+
+        if not in_backward:
+            refuse()
+        made.append(weakref.ref(refuse))  # lives as long as the graph
+        later, first = loss.square(), loss.clone()
+        first.register_hook(refuse)
+        return later + first, logged
+
+    monkeypatch.setattr(together, "make_stack", watched)
+    monkeypatch.setattr(AutoencoderRecipe, "_phase", narrow)
+    members = [Member(make_detector("ae", **SMALL), torch.arange(40), seed=k) for k in range(3)]
+    fit_together(members, digits(), epochs=1, steps=None, device=CPU, how=how)
+    assert [member.detector.describe()["stacked_models"] for member in members] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,9 +141,8 @@ def _said(what: str, errors: list[BaseException] | None = None) -> Iterator[None
         yield
     except FAULTS as error:
         print(f"{what} is not timed: {one_line(error)}", flush=True)
-        traceback.clear_frames(error.__traceback__)  # they hold its models
         if errors is not None:
-            errors.append(error)
+            errors.append(error.with_traceback(None))  # which holds its models
 
 
 def recipe_of(selection: Selection) -> Recipe | None:

@@ -76,7 +76,7 @@ def fit_together(
 
     by_batch = _prepared(members, data, epochs=epochs, steps=steps, device=device)
     if isinstance(by_batch, Exception):
-        make_room(by_batch)
+        make_room()
         fit_less(members, how, by_batch)
         return
     parts: list[tuple[Choice, list[_Course]]] = []
@@ -99,7 +99,7 @@ def _prepared(
             course = _Course(member, data, epochs=epochs, steps=steps, device=device)
         except Exception as error:
             if out_of_memory(error):
-                return error
+                return error.with_traceback(None)  # which holds what was begun
             member.error = error  # too few images for what it holds out, say
             continue
         by_batch.setdefault(course.batch_size, []).append(course)
@@ -174,8 +174,8 @@ def _too_large(
     except Exception as error:
         if not out_of_memory(error):
             raise
-        problem = error
-    make_room(problem, *(course.member.error for course in courses))
+        problem = error.with_traceback(None)  # which holds the stack, also by functions within its own
+    make_room(*(course.member.error for course in courses))
     return problem
 
 
