@@ -298,7 +298,7 @@ def engine(folder: Path, **options: Any) -> Any:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Any:
-    """A data module of 14 normal training images in batches of 4, and a few to test."""
+    """A data module of 16 normal training images in batches of 4, and a few to test."""
     from anomalib.data import Folder
 
     dirs = {"normal_dir": "train/good", "abnormal_dir": "test/bad", "normal_test_dir": "test/good"}
@@ -369,6 +369,17 @@ def test_an_epoch_budget_that_looks_unset_is_said(tmp_path: Path, parts: Any, ca
     engine(tmp_path / "a", max_epochs=1000, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=parts)
     assert "max_epochs is 1000, as where none is set: training for the published 15 epochs. Ask for 1001" in caplog.text
     assert module._loop.steps == 15
+
+
+def test_a_budget_in_steps_is_that_of_a_module_too(tmp_path: Path, parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = ganomaly_plugin.GanomalyPlus.recipe_class
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "default_steps", 6)
+        module = small("GanomalyPlus")
+        engine(tmp_path / "a", limit_val_batches=0).fit(module, datamodule=parts)  # of four steps an epoch
+    assert module._loop.steps == 8 and "training for the method's 6 steps, in whole epochs" in caplog.text
+    engine(tmp_path / "b", max_epochs=1, limit_val_batches=0).fit(module, datamodule=parts)
+    assert module._loop.steps == 4
 
 
 @pytest.mark.parametrize("name", ["Egbad", "Anogan", "Alad"])

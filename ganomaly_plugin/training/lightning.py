@@ -107,6 +107,7 @@ class RecipeModule(AnomalibModule):
         self._resumed: dict[str, Any] | None = None
         self._seen: list[Tensor] = []
         self._is_calibrated = False  # since the last step
+        self._least_steps: int | None = None  # after which to end the fit, where the method's budget is one in steps
 
     model: RecipeModel
 
@@ -139,7 +140,7 @@ class RecipeModule(AnomalibModule):
         return {"num_sanity_val_steps": 0}
 
     def setup(self, stage: str) -> None:
-        """Refuse what would train or score something else than the method; an unset epoch budget gets its published value."""
+        """Refuse what would train or score something else than the method; an unset budget becomes the method's own."""
         trainer, stages = self.trainer, len(self.recipe.stages)
         if str(trainer.precision) != PRECISION:  # gradients are taken without Lightning's scaler, and scores are of float32
             raise InvalidInput(
@@ -152,12 +153,17 @@ class RecipeModule(AnomalibModule):
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
                 "classes side by side instead."
             )
+        self._least_steps = None
         if trainer.max_epochs == _UNSET_EPOCHS:
-            trainer.fit_loop.max_epochs = self.recipe.default_epochs * stages
-            said = (
-                "max_epochs is %d, as where none is set: training for the published %d epochs. Ask for %d if you mean as many."
-            )
-            logger.warning(said, _UNSET_EPOCHS, trainer.max_epochs, _UNSET_EPOCHS + 1)
+            self._least_steps = self.recipe.default_steps if stages == 1 else None
+            if self._least_steps is None:
+                trainer.fit_loop.max_epochs = self.recipe.default_epochs * stages
+                budget = f"published {trainer.max_epochs} epochs"
+            else:
+                trainer.fit_loop.max_epochs = self._least_steps  # an epoch has a step at least
+                budget = f"method's {self._least_steps} steps, in whole epochs"
+            said = "max_epochs is %d, as where none is set: training for the %s. Ask for %d if you mean as many."
+            logger.warning(said, _UNSET_EPOCHS, budget, _UNSET_EPOCHS + 1)
         if stages > 1 and (trainer.max_epochs or 0) < stages:
             raise InvalidInput(
                 f"{self.name} trains in {stages} stages that share the epochs: set trainer.max_epochs to at least {stages}, "
@@ -247,10 +253,12 @@ class RecipeModule(AnomalibModule):
             self._is_calibrated = True
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's mean losses; raises Diverged when one is not finite."""
+        """Log the epoch's mean losses, and end a fit whose steps are done; raises Diverged when a loss is not finite."""
         loop = self._training()
         means = epoch_means(self._losses, self.recipe.stages[self._stage], first_step=loop.steps - len(self._losses) + 1)
         self.log_dict({f"{name}_loss": value for name, value in means.items()}, prog_bar=True)
+        if self._least_steps is not None and loop.steps >= self._least_steps:
+            self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:  # type: ignore[override]
         """Score a batch; the post-processor takes its thresholds from these."""
