@@ -40,6 +40,11 @@ def test_a_seed_gives_one_detector_which_a_file_keeps(name: str, hparams: dict[s
     assert again.hparams == first.hparams and first.describe()["class_path"] == f"anomalib.models.{name}"
 
 
+def test_a_model_that_too_few_images_leave_untrained_is_told() -> None:
+    with pytest.raises(InvalidInput, match="anomalib:Dfkde failed in anomalib: RuntimeError: The size of tensor a"):
+        make_detector("anomalib:Dfkde", **{**DFKDE, "n_pca_components": 16}).fit(blobs(12))
+
+
 def test_every_model_can_be_made_from_its_own_hyperparameters() -> None:
     """As jobs and saved files do; nothing is built yet, so that no weights are wanted."""
     import anomalib.models as models

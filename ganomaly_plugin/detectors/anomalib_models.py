@@ -103,7 +103,8 @@ class AnomalibDetector(BaseDetector):
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()
         few = images[:3].flip(-1)  # mirrored: some models have a distance of 0, and rounding, to images that they know
-        found = self._forward(few)
+        with self._readable_errors():  # some models leave themselves untrained where images are few, and only log it
+            found = self._forward(few)
         self.has_anomaly_map = found.anomaly_map is not None  # type: ignore[misc]
         together = self._of(found, "score", images.shape[-2:])
         if not together.isfinite().all():  # PaDiM's covariance of one image, for one
