@@ -106,6 +106,8 @@ def test_lightning_averages_the_weights_of_a_copy(tmp_path: Path, parts: Any) ->
     module = small("Alad")
     engine(tmp_path / "a", max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(module, datamodule=parts)
     assert module(torch.rand(2, 3, 20, 20)).pred_score.isfinite().all()
+    with pytest.raises(InvalidInput, match="weights in training, which EMAWeightAveraging exchanges afterwards"):
+        engine(tmp_path / "b", max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(small("GanomalyPlus"), datamodule=parts)
 
 
 def test_an_epoch_of_the_plain_loop_is_an_epoch_of_the_engine() -> None:

@@ -21,6 +21,7 @@ from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import callbacks
 from torch import Tensor
 
 from ganomaly_plugin.errors import InvalidInput, check_known, check_seed
@@ -43,6 +44,7 @@ PRECISION = "32-true"
 DEFAULT_SIZE = 32
 _UNSET_EPOCHS = 1000  # what Lightning puts for a max_epochs that nobody set
 _OWN_KEY = "ganomaly_plugin"
+_AVERAGING = getattr(callbacks, "WeightAveraging", ())  # since lightning 2.6
 #: Recipe fields that are no init arguments: the data module decides on the batches, Lightning's callbacks on the epoch,
 #: its Trainer on the precision.
 HIDDEN = ("batch_size", "select", "val_share", "criterion", "patience", "precision")
@@ -152,6 +154,12 @@ class RecipeModule(AnomalibModule):
             raise InvalidInput(
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
                 "classes side by side instead."
+            )
+        averaging = [type(each).__name__ for each in trainer.callbacks if isinstance(each, _AVERAGING)]
+        if averaging and self.recipe.calibrates:
+            raise InvalidInput(
+                f"{self.name} calibrates its scores on the weights in training, which {averaging[0]} exchanges afterwards. "
+                "Leave that callback out."
             )
         self._least_steps = None
         if trainer.max_epochs == _UNSET_EPOCHS:
