@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -93,6 +94,11 @@ def run(options: Any) -> int:
     from ganomaly_plugin.training.stack import check_how
 
     began = time.perf_counter()
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks, where it spawns
+        raise InvalidInput(
+            "A worker process imports the script that started it, and that starts bench run again. "
+            'Put the call below if __name__ == "__main__":'
+        )
     experiment = experiment_from(options)
     devices = tuple(options.devices) if options.devices is not None else None
     where = Where(**{name: getattr(options, name) for name in WHERE_OPTIONS} | {"devices": devices})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -345,6 +346,14 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
     config.write_bytes("models: é".encode("latin-1"))
     code, _, stderr = bench("run", "--config", config)
     assert code == 2 and "c.yaml is no text in UTF-8" in stderr
+
+
+def test_no_sweep_starts_in_a_worker_that_imports_the_script_of_its_runner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    assert main(["run", "--models", "mean_intensity", "--dry-run"]) == 2
+    assert 'Put the call below if __name__ == "__main__":' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
