@@ -316,6 +316,8 @@ def _check_config(path: Path) -> None:
         raise InvalidInput(f"The config {path} has the alias *{alias}. Write out what it stands for.")
     if not isinstance(content, dict) or all(value is None for value in content.values()):
         raise InvalidInput(f"The config {path} sets no option. Give YAML such as models: ganomaly.")
+    if "config" in content:
+        raise InvalidInput(f"The config {path} names another one. Give both on the command line: --config A --config B.")
     if isinstance(content.get("run"), dict):
         raise InvalidInput(f"The config {path} has its options below run:. Put them at the top level.")
     if isinstance(content.get("model"), dict):

@@ -120,9 +120,14 @@ def resolved_hparams(name: str, cls: Any, hparams: Mapping[str, Any]) -> dict[st
 
 
 def check_keys(path: str) -> None:
-    """Raise InvalidInput when a YAML file, which has been read before, sets a key twice: the first would go unnoticed."""
+    """Raise InvalidInput for what goes unnoticed in a YAML file, which has been read before.
+
+    That is the first of two values of a key, and numbers to the base of 60 or 8: 1:30 is 90 to YAML, and 010 is 8.
+    """
 
     def look(node: Any) -> None:
+        if node is not None and node.tag.endswith(":int") and re.match(r"[-+]?0\d|.*:", node.value):
+            raise InvalidInput(f"{path} has {node.value}, which is another number to YAML. Write it out, or put it in quotes.")
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         names = [key.value for key, _ in pairs]
         for name in names:

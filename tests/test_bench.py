@@ -339,6 +339,9 @@ def test_unknown_config_key(bench, tmp_path: Path) -> None:
         ("models: [ae]\ntrain-fraction: 0.5\n", "Write train_fraction"),
         ("models: [ae]\nseeds: 1\nseeds: 2\n", "sets 'seeds' twice"),
         ("models: [{name: ae, options: {features: 2, features: 4}}]\n", "sets 'features' twice"),
+        ("models: [ae]\nseeds: 1:30\n", "has 1:30, which is another number to YAML"),
+        ("models: [ae]\nclasses: [1, 010]\n", "has 010, which is another number to YAML"),
+        ("models: [ae]\nconfig: other.yaml\n", "c.yaml names another one. Give both on the command line"),
     ):
         config.write_text(text)
         code, _, stderr = bench("run", "--config", config, "--out", tmp_path / "out")
