@@ -75,8 +75,10 @@ def _stacked(
 
 
 def _lightning(recipe: GanomalyRecipe, networks: dict[str, torch.nn.Module], batches: Tensor, device: torch.device) -> Replay:
-    from ganomaly_plugin.training.lightning_replay import replay  # anomalib takes seconds to import
-
+    try:
+        from ganomaly_plugin.training.lightning_replay import replay  # anomalib takes seconds to import
+    except ImportError as error:
+        raise InvalidInput(f"The trainer lightning needs anomalib: {one_line(error)}. Run pip install anomalib.") from error
     losses, trained = replay(recipe, networks, batches, device)
     return _table(losses), trained
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,9 @@ def test_unknown_trainer_and_device(golden: list[Path]) -> None:
         verify(golden[0], trainer="plan")
     with pytest.raises(InvalidInput, match="Unknown device"):
         verify(golden[0], device="gpu")
+
+
+def test_the_anomalib_module_needs_anomalib(golden: list[Path], bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ganomaly_plugin.training.lightning_replay", None)
+    code, _, stderr = bench("verify", golden[0], "--trainer", "lightning")
+    assert code == 2 and "needs anomalib" in stderr and stderr.count("\n") == 1
