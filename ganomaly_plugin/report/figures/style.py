@@ -41,7 +41,7 @@ _OTHERS = (
     *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "Segoe UI Emoji"),
 )
-_MISSING = "Glyph .* missing from font"
+_MISSING = "Glyph .* missing from"
 LEAST_RATIO = 5.0  # of the ends of a logarithmic axis
 DRAWN = len(COLOURS)  # detectors in one figure; with more, the best so many
 
