@@ -15,7 +15,7 @@ from conftest import blobs
 from ganomaly_plugin import make_detector
 from ganomaly_plugin.training import scoring
 from ganomaly_plugin.training.precision import precision
-from ganomaly_plugin.training.room import out_of_memory
+from ganomaly_plugin.training.room import make_room, out_of_memory
 from ganomaly_plugin.training.scoring import scoring_mode
 
 TINY: dict[str, dict[str, Any]] = {
@@ -140,3 +140,8 @@ def test_how_many_are_scored_at_once(name: str, batchnorm: str, side: int, on_cp
     images = torch.zeros(3, 1, side, side, dtype=torch.uint8)
     found = [scoring._at_once(recipe, images, torch.device(device)) for device in ("cpu", "cuda")]
     assert found == [on_cpu, on_gpu]
+
+
+def test_room_is_made_where_nothing_may_have_a_gradient() -> None:
+    with torch.inference_mode():
+        make_room()

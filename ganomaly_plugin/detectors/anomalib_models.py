@@ -103,7 +103,7 @@ class AnomalibDetector(BaseDetector):
             engine.fit(self.model_, datamodule=data)
         self.model_.to(device).eval()
         few = images[:3].flip(-1)  # mirrored: some models have a distance of 0, and rounding, to images that they know
-        with self._readable_errors():  # some models leave themselves untrained where images are few, and only log it
+        with self.readable_errors():  # some models leave themselves untrained where images are few, and only log it
             found = self._forward(few)
         self.has_anomaly_map = found.anomaly_map is not None  # type: ignore[misc]
         together = self._of(found, "score", images.shape[-2:])

@@ -35,7 +35,8 @@ def make_room(*errors: BaseException | None) -> None:
         if error is not None:
             traceback.clear_frames(error.__traceback__)
     gc.collect()
-    with torch.enable_grad():  # the graph of a backward pass that was broken off waits on the CPU until there is another
+    # The graph of a backward pass that was broken off waits on the CPU until there is another.
+    with torch.inference_mode(False), torch.enable_grad():
         torch.zeros((), requires_grad=True).neg().backward()
     forget_expired()
     torch.cuda.empty_cache()  # which does nothing where there is no GPU
