@@ -155,7 +155,8 @@ class RecipeModule(AnomalibModule):
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "
                 "classes side by side instead."
             )
-        averaging = [type(each).__name__ for each in trainer.callbacks if isinstance(each, _AVERAGING)]
+        present = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [type(each).__name__ for each in present if isinstance(each, _AVERAGING)]
         if averaging and self.recipe.calibrates:
             raise InvalidInput(
                 f"{self.name} calibrates its scores on the weights in training, which {averaging[0]} exchanges afterwards. "
