@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_a_copy_trains_as_its_original(name: str) -> None:
         fit_batches(each, batches, CPU)
     copied, original = (weights(each.model.scoring_networks()) for each in modules)
     assert copied.keys() == original.keys() and all(torch.equal(copied[key], original[key]) for key in original)
+
+
+def test_an_exported_module_that_lacks_what_trains_it_is_not_trained() -> None:
+    from ganomaly_plugin.training.lightning_replay import fit_batches
+
+    batches, options = torch.from_numpy(blobs(8)).split(8), {"channels": 1, "pre_processor": False}
+    fit_batches(pickle.loads(pickle.dumps(small("Vae", **options))), batches, CPU)
+    for module in (small("Egbad", **options), small("GanomalyPlus", spectral=True, **options)):
+        with pytest.raises(InvalidInput, match="comes from an export or a pickle"):
+            fit_batches(pickle.loads(pickle.dumps(module)), batches, CPU)
+        fit_batches(module, batches, CPU)
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:

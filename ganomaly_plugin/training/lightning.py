@@ -150,6 +150,11 @@ class RecipeModule(AnomalibModule):
             )
         if stage != "fit":
             return
+        if not self.model.is_whole:
+            raise InvalidInput(
+                f"This {self.name} comes from an export or a pickle, which holds what its scores need and not all that its "
+                "training needs. Train one from a checkpoint, or anew."
+            )
         if trainer.world_size > 1:
             raise InvalidInput(
                 f"{self.name} trains on one device, got {trainer.world_size}. Set trainer.devices to 1, and run seeds or "

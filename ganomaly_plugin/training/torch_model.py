@@ -44,6 +44,8 @@ class RecipeModel(nn.Module):
             and the side of the images twice.
     """
 
+    is_whole = True  # whether all is there that training needs, of which `__getstate__` may leave something out
+
     def __init__(self, recipe: Recipe, networks: dict[str, nn.Module], chw: tuple[int, int, int]) -> None:
         super().__init__()
         self.recipe = recipe
@@ -61,6 +63,7 @@ class RecipeModel(nn.Module):
             average.multi_avg_fn = None  # how the average is updated, a closure
             modules["average"] = with_plain_weights(average)
         state["_modules"] = {**state["_modules"], **modules}
+        state["is_whole"] = self.is_whole and self.average is None and modules["networks"] is self.networks
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecipeModel:
