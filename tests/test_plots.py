@@ -109,6 +109,17 @@ def test_a_mean_with_missing_jobs_is_that_of_the_curves(tmp_path: Path) -> None:
     assert group.missing("b") == 1 and [record.job.seed for record in group.jobs("b")] == [0, 1, 0]
 
 
+def test_captions_speak_of_the_detectors_that_are_drawn(tmp_path: Path) -> None:
+    made = [with_oracle(outcome(d, c), 0.5, 0.8) for d in ("a[k=1,n=2]", "a[k=1,n=3]") for c in "01"]
+    best = outcome("b", shift=3.0)  # by its one job; it has no losses
+    made.append(replace(best, record=replace(best.record, history=[])))
+    (group,) = groups(load_results(fill(tmp_path / "out", made).folder))
+    with styled(PAPER):
+        captions = {kind: FIGURES[kind].draw([group], Canvas()).caption for kind in ("roc", "losses", "epochs")}
+    assert "for b (1 job missing). Short names leave out k=1." in captions["roc"]
+    assert all(captions[kind].count("missing") == 0 and "leave out k=1." in captions[kind] for kind in ("losses", "epochs"))
+
+
 def test_chance_is_that_of_each_class_whoever_was_tested_on_it(tmp_path: Path) -> None:
     made = []
     for detector, classes in (("a", "01"), ("b", "0")):

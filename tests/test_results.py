@@ -78,7 +78,7 @@ def test_labels_that_cannot_be_read_leave_figures_and_names(tmp_path: Path, benc
     assert "Cannot read" not in (store.folder / "report.html").read_text(encoding="utf-8")
     (group,) = groups(load_results(store.folder), detectors=["mod:Cls", "x[y]", "pca"])
     assert group.names() == {**{name: name for name in names[:3]}, names[3]: "pca[n=2]", names[4]: "pca[n=3]"}
-    assert group.common == "Short names leave out k=1."
+    assert group.common(names) == "Short names leave out k=1." and group.common(names[:3]) == ""
 
 
 @pytest.mark.parametrize("words", [["--against", "published"], ["--metrics", "eer"], ["--metrics", "auroc"]])

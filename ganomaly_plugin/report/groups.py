@@ -87,14 +87,14 @@ class Group:
     def _arrays(self) -> dict[str, dict[str, np.ndarray]]:
         return {}
 
-    def names(self, detectors: Iterable[str] | None = None) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
         """Short names for legends, without the options that tell none of the detectors apart."""
-        return short_names(self.table.rows if detectors is None else list(detectors))
+        return short_names(self.table.rows)
 
-    @functools.cached_property
-    def common(self) -> str:
-        """A sentence on what short names leave out, or nothing."""
-        shared = shared_options(self.table.rows)
+    def common(self, detectors: Iterable[str]) -> str:
+        """A sentence on what the short names of `detectors` leave out, or nothing."""
+        theirs = {option for name in detectors for option in parse_label(name).options}
+        shared = {name: value for name, value in shared_options(self.table.rows).items() if name in theirs}
         shown = ", ".join(show("", {name: value})[1:-1] for name, value in sorted(shared.items()))
         return f"Short names leave out {shown}." if shared else ""
 

@@ -78,7 +78,7 @@ def epochs(groups: Sequence[Group], canvas: Canvas) -> Drawing:
         "Test AUROC after each epoch, mean over jobs; the point: the last epoch, which is the result; the level line at the "
         "right: the mean of each job's best test epoch, an oracle and no result."
     )
-    said = [(group, text) for group, made in found if (text := remark(group, len(made), DRAWN))]
+    said = [(group, text) for group, made in found if (text := remark(group, [choice.detector for choice in made], DRAWN))]
     caption = " ".join([caption, *(f"{group.dataset}: {text}" if len(found) > 1 else text for group, text in said)])
     return Drawing(figure, caption, table([choice for _, made in found for choice in made]))
 
@@ -86,7 +86,7 @@ def epochs(groups: Sequence[Group], canvas: Canvas) -> Drawing:
 def _panel(axes: Any, group: Group, made: list[Choice], canvas: Canvas) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    names = group.names(choice.detector for choice in made)
+    names = group.names()
     texts = clipped([names[choice.detector] for choice in made])
     for place, (choice, text) in enumerate(zip(made, texts, strict=True)):
         k = group.colour(choice.detector) if len(group.detectors) <= DRAWN else place  # some would share a colour

@@ -55,7 +55,7 @@ def histogram(group: Group, detector: str, canvas: Canvas) -> Drawing:
 def histograms(group: Group, canvas: Canvas) -> Drawing:
     """A panel for each of the best detectors."""
     chosen = group.detectors[:PANELS]
-    return _draw(group, chosen, canvas, remark(group, len(group.detectors), PANELS))
+    return _draw(group, chosen, canvas, remark(group, group.detectors, PANELS))
 
 
 def _draw(group: Group, detectors: tuple[str, ...], canvas: Canvas, note: str) -> Drawing:

@@ -21,15 +21,16 @@ def columns(texts: Sequence[str], width: float) -> int:
 
 def drawn(group: Group, most: int = DRAWN) -> tuple[tuple[str, ...], str]:
     """The detectors to draw, the best first, and what a caption must say of them and of their short names."""
-    return group.detectors[:most], remark(group, len(group.detectors), most)
+    return group.detectors[:most], remark(group, group.detectors, most)
 
 
-def remark(group: Group, n: int, most: int) -> str:
-    """What a caption says when only the first `most` of `n` detectors are drawn, when some lack jobs, and of short names."""
-    cut = f"The {most} with the highest mean AUROC of {n} detectors." if n > most else ""
-    lacking = ", ".join(name + gap for name in group.detectors[:most] if (gap := missing(group, name)))
+def remark(group: Group, there: Sequence[str], most: int) -> str:
+    """What a caption says when only the first `most` detectors `there` are drawn, when some lack jobs, and of short names."""
+    shown = there[:most]
+    cut = f"The {most} with the highest mean AUROC of {len(there)} detectors." if len(there) > most else ""
+    lacking = ", ".join(name + gap for name in shown if (gap := missing(group, name)))
     partial = f"Means are of fewer jobs, and do not compare, for {lacking}." if lacking else ""
-    return " ".join(text for text in (cut, partial, group.common) if text)
+    return " ".join(text for text in (cut, partial, group.common(shown)) if text)
 
 
 def missing(group: Group, detector: str) -> str:

@@ -57,7 +57,7 @@ def losses(group: Group, canvas: Canvas) -> Drawing:
     there = losing(group)
     if not there:
         raise InvalidInput(f"No job on {group.title} recorded a loss: none of its detectors trains in epochs.")
-    return _draw(group, there[:PANELS], canvas, remark(group, len(there), PANELS))
+    return _draw(group, there[:PANELS], canvas, remark(group, there, PANELS))
 
 
 def loss(group: Group, detector: str, canvas: Canvas) -> Drawing:
