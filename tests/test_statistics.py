@@ -78,6 +78,12 @@ def test_wilcoxon_as_demsar_has_it() -> None:
     assert pair.p == np.mean(np.abs(signs @ ranks) >= abs(np.sign(unequal) @ ranks))  # all orders of signs, counted
 
 
+def test_of_a_measure_that_had_better_be_low_the_lower_wins() -> None:
+    values = {"a": [0.1] * 6, "b": [0.3] * 6}
+    (pair,) = wilcoxon_pairs(values, [("a", "b")], higher_is_better=False)
+    assert (pair.wins_a, pair.wins_b) == (6, 0) and pair.difference == pytest.approx(-0.2)
+
+
 def test_ties_between_many_classes_leave_wilcoxon_exact() -> None:
     (pair,) = wilcoxon_pairs({"a": [1.0] * 15 + [0.9, 0.8, 0.7, 0.6, 0.5], "b": [1.0] * 15 + [0.0] * 5}, [("a", "b")])
     assert (pair.wins_a, pair.wins_b, pair.p) == (5, 0, 2 / 2**5)

@@ -13,7 +13,7 @@ from ganomaly_plugin.core import RunRecord
 from ganomaly_plugin.errors import InvalidInput, one_line, unknown
 from ganomaly_plugin.escape import printable
 from ganomaly_plugin.report.frame import MEAN
-from ganomaly_plugin.report.measures import METRICS, measured_frame
+from ganomaly_plugin.report.measures import measured_frame
 from ganomaly_plugin.report.results import Results
 from ganomaly_plugin.report.statistics import (
     Friedman,
@@ -112,11 +112,9 @@ def _pairs(table: Table, baseline: str | None) -> tuple[list[Pair], str]:
     if baseline is None and len(complete) > PAIRWISE_LIMIT:
         return [], f"no paired tests: {len(complete)} detectors make too many pairs to correct for; bench stats --baseline NAME"
     values = {row: [table.cells[row][column].mean for column in table.classes] for row in complete}
-    if not METRICS[table.metric].higher_is_better:
-        values = {row: [-value for value in each] for row, each in values.items()}
     pairs = [(row, baseline) for row in complete if row != baseline] if baseline else list(itertools.combinations(complete, 2))
     try:
-        return wilcoxon_pairs(values, pairs), ""
+        return wilcoxon_pairs(values, pairs, higher_is_better=table.higher_is_better), ""
     except InvalidInput as error:
         return [], f"no paired tests: {one_line(error)}"
 

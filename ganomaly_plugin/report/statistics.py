@@ -132,12 +132,15 @@ class Pair:
     p_holm: float
 
 
-def wilcoxon_pairs(values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+def wilcoxon_pairs(
+    values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], *, higher_is_better: bool = True
+) -> list[Pair]:
     """Wilcoxon's signed-rank test of each pair over classes, Holm-corrected over `pairs`, the smallest p first.
 
     Args:
         values: For each detector one value a class, seeds averaged: seeds of one class are no independent pairs.
         pairs: Which detectors to compare.
+        higher_is_better: Direction of the values: which of two wins. The differences are those of the values.
 
     Raises:
         InvalidInput: There are fewer than 6 classes, which no test could call different.
@@ -153,7 +156,8 @@ def wilcoxon_pairs(values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[
         difference = np.round(np.asarray(values[a], dtype=float) - np.asarray(values[b], dtype=float), DIGITS)
         unequal = difference[difference != 0]  # left out here, so that SciPy has no cause to leave the exact distribution
         p = float(stats.wilcoxon(unequal).pvalue) if len(unequal) else 1.0
-        raw.append((a, b, int((difference > 0).sum()), int((difference < 0).sum()), float(difference.mean()), p))
+        gain = difference if higher_is_better else -difference
+        raw.append((a, b, int((gain > 0).sum()), int((gain < 0).sum()), float(difference.mean()), p))
     corrected = holm([each[-1] for each in raw])
     return sorted((Pair(*each, p) for each, p in zip(raw, corrected, strict=True)), key=lambda pair: (pair.p, pair.a, pair.b))
 
