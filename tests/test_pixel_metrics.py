@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.integrate import trapezoid
 
 from ganomaly_plugin.errors import InvalidInput
 from ganomaly_plugin.pixel_metrics import aupro, pixel_auroc
@@ -22,7 +23,7 @@ def reference_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
         rates.append(float((over & ~masks).sum() / (~masks).sum()))
         overlaps.append(float(np.mean([over[k][region].mean() for k, region in regions])))
     grid = np.linspace(0, limit, 20_001)
-    return float(np.trapezoid(np.interp(grid, rates, overlaps), grid)) / limit
+    return float(trapezoid(np.interp(grid, rates, overlaps), grid)) / limit
 
 
 def test_by_hand() -> None:
