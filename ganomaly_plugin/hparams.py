@@ -68,6 +68,8 @@ def checked_hparams(name: str, cls: type, hparams: dict[str, Any]) -> dict[str, 
 
 def _told_type(hint: Any) -> str:
     """The type `hint` for people, with the names of an Enum's members, which is what users write where text is not taken."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
     leaves = _leaves(hint)
     enums = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, enum.Enum) and str not in leaves]
     members = ", ".join(name for each in enums for name in each.__members__)

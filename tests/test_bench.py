@@ -248,7 +248,7 @@ def test_two_spellings_of_one_job_share_a_key(bench, tmp_path: Path) -> None:
         (["run", "--models", "ganomaly[features]"], "Write key=value"),
         (["run", "--models", "ganomaly[features=2,features=4]"], "features is given twice"),
         (["run", "--models", "ganomaly[lr=.inf]"], "ganomaly: lr is inf, which no record can hold"),
-        (["run", "--models", "ganomaly[precision=fp8]"], "precision must be Literal['float32', 'tf32', 'bf16'], got 'fp8'"),
+        (["run", "--models", "ganomaly[precision=fp8]"], "precision must be one of 'float32', 'tf32', 'bf16', got 'fp8'"),
         (["run", "--models", "ganomaly", "--classes", ""], "classes is empty"),
         (["run", "--models", "ganomaly", "--datasets", "folder:"], "as in folder:PATH"),
         (["run", "--models", "ganomaly", "--datasets", "digit"], "Did you mean 'digits'"),
