@@ -191,7 +191,7 @@ def test_chunks_do_not_change_scores(monkeypatch):
         ("pca", {"n_components": 0}, "n_components must be at least 1, got 0"),
         ("pca", {"n_components": "many"}, "pca: n_components must be int, got 'many'"),
         ("knn", {"k": 0}, "k must be at least 1"),
-        ("knn", {"distance": "median"}, "knn: distance must be Literal.*'median'"),
+        ("knn", {"distance": "median"}, "knn: distance must be one of 'mean', 'kth', got 'median'"),
         ("knn", {"max_train": 0}, "max_train must be at least 1"),
         ("iforest", {"n_estimators": -1}, "n_estimators must be at least 1"),
         ("iforest", {"trees": 9}, "Unknown hyperparameter of iforest 'trees'"),
