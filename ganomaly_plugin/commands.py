@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -77,6 +76,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def run(options: Any) -> int:
     """Run a sweep: 0 all done, 1 a job failed or cannot be stored, 130 interrupted; tables on stdout, progress on stderr."""
+    import multiprocessing
+
     from ganomaly_plugin.config import expand
     from ganomaly_plugin.datasets.base import data_root
     from ganomaly_plugin.detectors.base import resolve_device

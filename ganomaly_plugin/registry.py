@@ -134,7 +134,7 @@ def detectors_like(name: str) -> list[str]:
     """
     if not set("*?") & set(name):
         return [name]
-    known = sorted(each for each in entries("detector") if not each.endswith(":"))
+    known = [each for each in list_detectors() if not each.endswith(":")]
     found = fnmatch.filter(known, name)
     if not found:
         raise unknown("detector pattern", name, known)

@@ -114,7 +114,7 @@ def list_folder(path: str, *, root: Path, defects: str = "together") -> Listing:
         official,
         any(file.mask is not None for file in files),
         problems,
-        {"files": len(files), "defects": counts, **({"other_files": dict(sorted((+others).items()))} if +others else {})},
+        {"files": len(files), "defects": counts, **({"other_files": dict(sorted(others.items()))} if others else {})},
     )
 
 
@@ -144,7 +144,7 @@ def _class_folders(base: Path, problems: list[Problem], others: Counter[str]) ->
             continue
         if other in names:  # whose normal images would count as a defect
             raise InvalidInput(f"{base.absolute()} has both train/{normal} and {part}/{other}, of two layouts. Rename one.")
-        others[f"beside the folders of {part}"] += sum(p.suffix.lower() in SUFFIXES and p.name not in names for p in there)
+        others.update(f"beside the folders of {part}" for p in there if p.suffix.lower() in SUFFIXES and p.name not in names)
         found += [(part == "test", None if name == normal else name, base / part / name) for name in names]
     return found
 
